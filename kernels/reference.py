@@ -1,0 +1,183 @@
+"""The definition of right: every kernel in plain PyTorch, in float32 arithmetic, one function each.
+
+The extension (csrc/) performs the same float32 operations in the same order, without fused
+multiply-add, so on float32 tensors it must agree to the bit: the noise of a picture is one picture,
+whoever draws it. On bfloat16 and float16 tensors the arithmetic is float32 too, rounded once at the end.
+
+Symbols as in the README: x_1 (HR) and x_lr are (B, 3, H, W) in [-1, 1]; x_in is concat(x_t, x_lr),
+(B, 6, H, W); t, s, dt are (B,) float32; seeds is (B,) int64, one stream of noise a picture.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+# Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+PHILOX_M = (0xD2511F53, 0xCD9E8D57)  # the round's two multipliers
+PHILOX_W = (0x9E3779B9, 0xBB67AE85)  # what each round adds to the two halves of the key
+MASK = 0xFFFFFFFF
+# Minimax polynomials in float32 (Cephes): ln(1+x)/x^3 on [sqrt(1/2)-1, sqrt(2)-1], sin and cos on [-pi/4, pi/4].
+LOG = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+       -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)
+SIN = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+COS = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+
+
+def philox(counter, key):
+    """Philox 4x32-10: four counter words and two key words (int64 tensors holding uint32, broadcastable)
+    to four random words of the same kind. A bijection of the counter for each key."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * PHILOX_M[0], c2 * PHILOX_M[1]  # wraps modulo 2^64, which keeps all 64 bits
+        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + PHILOX_W[0]) & MASK, (k1 + PHILOX_W[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def _horner(coefficients, x):
+    y = torch.full_like(x, coefficients[0])
+    for c in coefficients[1:]:
+        y = y * x + c
+    return y
+
+
+def _log(u):
+    """Natural logarithm of float32 u in (0, 1], by the fixed sequence of operations that the kernels repeat."""
+    m, e = torch.frexp(u)  # u = m 2^e, m in [1/2, 1)
+    small = m < math.sqrt(0.5)
+    x = torch.where(small, m + m, m) - 1.0
+    e = torch.where(small, e - 1, e).float()
+    z = x * x
+    y = _horner(LOG, x) * x * z + e * -2.12194440e-4 - z * 0.5
+    return x + y + e * 0.693359375  # ln 2 in two parts, the large one exact
+
+
+def box_muller(a, b):
+    """Two uint32 words (in int64 tensors) to two independent standard normals, float32."""
+    u = a.float() * 2.0**-32 + 2.0**-33  # (0, 1]
+    radius = torch.sqrt(_log(u) * -2.0)
+    # The angle is 2 pi b / 2^32: the nearest quarter turn comes off in integers, exactly.
+    quarter = (b + 2**29) >> 30
+    angle = (b - (quarter << 30)).float() * (2 * math.pi / 2**32)
+    z = angle * angle
+    sin = _horner(SIN, z) * z * angle + angle
+    cos = _horner(COS, z) * z * z - z * 0.5 + 1.0
+    odd, second_half, middle = quarter % 2 == 1, (quarter & 2) != 0, ((quarter + 1) & 2) != 0
+    c, s = torch.where(odd, sin, cos), torch.where(odd, cos, sin)
+    return radius * torch.where(middle, -c, c), radius * torch.where(second_half, -s, s)
+
+
+def normal(seeds, shape, stream=0):
+    """Standard normal noise that depends only on (seed, stream, c, h, w).
+
+    seeds (B,) int64; shape (B, C, H, W); returns float32. The Philox key is the seed, the counter is
+    (w, h, c // 4, stream), and a draw's four normals are four channels: neither the batch, nor the
+    canvas size, nor the memory format changes a pixel's noise.
+    """
+    B, C, H, W = shape
+    dev = seeds.device
+    w = torch.arange(W, device=dev).view(1, 1, 1, W)
+    h = torch.arange(H, device=dev).view(1, 1, H, 1)
+    block = torch.arange((C + 3) // 4, device=dev).view(1, -1, 1, 1)
+    key = (seeds & MASK).view(B, 1, 1, 1), ((seeds >> 32) & MASK).view(B, 1, 1, 1)
+    r = philox((w, h, block, torch.full_like(w, stream)), key)
+    n = torch.stack([*box_muller(r[0], r[1]), *box_muller(r[2], r[3])], dim=2)  # (B, C/4, 4, H, W)
+    return n.flatten(1, 2)[:, :C].contiguous()
+
+
+def _image(v):  # (B,) or a number, to broadcast over (B, C, H, W)
+    return v.float().view(-1, 1, 1, 1) if torch.is_tensor(v) else v
+
+
+def noise_augment(x_lr, sigma_p, seeds):
+    """Eq. (4), x_0 = sqrt(1 - sigma_p^2) x_lr + sigma_p eps, straight into the network's input.
+
+    x_lr (B, C, H, W), seeds (B,) int64; returns concat(x_0, x_lr), (B, 2C, H, W), of x_lr's dtype and memory format.
+    """
+    eps = normal(seeds, x_lr.shape)
+    x_0 = x_lr.float() * math.sqrt(1 - sigma_p**2) + eps * sigma_p
+    return torch.cat([x_0.to(x_lr.dtype), x_lr], dim=1)
+
+
+def flow_training_pair(x_1, x_lr, t, sigma_p, seeds):
+    """What one step of Eq. (5) needs: x_in = concat(x_t, x_lr) with x_t = (1-t) x_0 + t x_1, and the target x_1 - x_0.
+
+    x_1, x_lr (B, C, H, W), t (B,), seeds (B,) int64; returns (B, 2C, H, W) and (B, C, H, W). x_0 is Eq. (4)'s.
+    """
+    eps = normal(seeds, x_lr.shape)
+    x_0 = x_lr.float() * math.sqrt(1 - sigma_p**2) + eps * sigma_p
+    t = _image(t)
+    x_t = x_0 * (1 - t) + x_1.float() * t
+    return torch.cat([x_t.to(x_lr.dtype), x_lr], dim=1), (x_1.float() - x_0).to(x_1.dtype)
+
+
+def euler_step_(x_in, v, dt):
+    """x_t += dt v, in place in channels 0 to C-1 of x_in (B, 2C, H, W); v (B, C, H, W), dt (B,) or a number. Returns x_in."""
+    x_t = x_in[:, : v.shape[1]]
+    x_t.copy_(x_t.float() + v.float() * _image(dt))
+    return x_in
+
+
+def rk2_coefficients(alpha):
+    """The last stage of the RK2 scheme with node alpha, counted from x_t + alpha dt v1, which is where the buffer stands."""
+    b2 = 1 / (2 * alpha)
+    return 1 - b2 - alpha, b2
+
+
+def rk2_stage_(x_in, v1, v2, dt, alpha):
+    """The second stage of the explicit RK2 scheme with node alpha: 1/2 midpoint, 2/3 Ralston, 1 Heun.
+
+    The first stage was euler_step_(x_in, v1, alpha dt) and v2 the velocity there; this brings x_in to
+    x_t + dt ((1 - 1/(2 alpha)) v1 + 1/(2 alpha) v2), in place, keeping no copy of x_t. Shapes as euler_step_.
+    """
+    b1, b2 = rk2_coefficients(alpha)
+    x_t = x_in[:, : v1.shape[1]]
+    x_t.copy_(x_t.float() + (v1.float() * b1 + v2.float() * b2) * _image(dt))
+    return x_in
+
+
+def student_state(x_in, v, t):
+    """Eq. (7), x_t = x_0 + t v_phi(x_0, t), into a new buffer: concat(x_0, x_lr) (B, 2C, H, W) to concat(x_t, x_lr)."""
+    C = v.shape[1]
+    x_t = x_in[:, :C].float() + v.float() * _image(t)
+    return torch.cat([x_t.to(x_in.dtype), x_in[:, C:]], dim=1)
+
+
+def distill_target(v_phi, v_theta, t, s):
+    """Eq. (9)'s stop-gradient target, v_phi(t) + (s-t)/s (v_theta - v_phi(t)); all (B, C, H, W), t and s (B,). No gradient."""
+    w = (_image(s) - _image(t)) / _image(s)
+    v = v_phi.detach().float()
+    return (v + (v_theta.detach().float() - v) * w).to(v_phi.dtype)
+
+
+def distill_loss(v_phi, v_step, v_theta, t, s):
+    """The three losses of Eq. (12), unweighted: (3,) float32 = [Eq. (9), Eq. (10), Eq. (11)], means over all elements.
+
+    v_phi (3B, C, H, W): the student at t, s and 0, from x_0, one after the other along the batch.
+    v_step (B, C, H, W): the teacher's velocity for the step from x_t to x_s (Euler: v_theta at t; RK2: its mean slope).
+    v_theta (2B, C, H, W): the teacher at (x_t, t) and at (x_0, 0). t, s (B,).
+    The gradient flows into v_phi alone, and in Eq. (9) into v_phi(s) alone.
+    """
+    v_t, v_s, v_0 = v_phi.float().chunk(3)
+    u_t, u_0 = v_theta.detach().float().chunk(2)
+    distill = (v_s - distill_target(v_t, v_step.float(), t, s)).square().mean()
+    align = ((v_t - u_t) * (1 - _image(t))).square().mean()
+    return torch.stack([distill, align, (v_0 - u_0).square().mean()])
+
+
+def group_norm_silu(x, groups, weight, bias, scale=None, shift=None, eps=1e-5):
+    """silu(group_norm(x) (1 + scale) + shift), the norm-activation of the U-Net (scale-shift: Dhariwal & Nichol 2021).
+
+    x (B, C, H, W); weight, bias (C,); scale, shift (B, C) or None. Statistics in float32; result of x's dtype.
+    """
+    y = F.group_norm(x.float(), groups, weight.float(), bias.float(), eps)
+    if scale is not None:
+        y = y * (1 + scale.float()[:, :, None, None]) + shift.float()[:, :, None, None]
+    return F.silu(y).to(x.dtype)
+
+
+def to_uint8(x):
+    """[-1, 1] to bytes: (B, C, H, W) float to (B, H, W, C) uint8, clamped, rounded half to even."""
+    y = (x.float().clamp(-1, 1) * 127.5 + 127.5).round()
+    return y.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

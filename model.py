@@ -1,0 +1,316 @@
+"""The velocity network v(x_t, x_lr, t), its presets, EMA, and the files that hold it.
+
+One U-Net: guided-diffusion's (Dhariwal & Nichol 2021), with its parameter names and their order, so
+that the published files load. Two options of our own make it small enough for a laptop: `patch`
+(pixel-unshuffle in, pixel-shuffle out) and `precond` (the network only says what a linear estimate
+cannot know).
+
+    model = UNet(**PRESETS["photos"])
+    v = model(x_in, t)        # x_in = concat(x_t, x_lr): (B, 6, H, W), t: (B,) in [0, 1] -> v: (B, 3, H, W)
+
+Legend: x_1 HR image (t = 1), x_lr = H^T(H(x_1) + n), x_0 = noised x_lr (t = 0), x_t = (1-t) x_0 + t x_1.
+"""
+import json
+import math
+import os
+import struct
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from kernels import group_norm_silu
+
+# channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
+# attention: down-sampling factors at which there is attention (none at all if empty). patch: see UNet.
+PRESETS = {
+    "tiny": dict(channels=32, mults=(1, 2), blocks=1, patch=2),  # for tests
+    "photos": dict(channels=32, mults=(1, 2, 4, 4), blocks=1, patch=2),
+    "ffhq": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(16,), out_channels=6),
+    "imagenet": dict(channels=256, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), out_channels=6),
+}
+
+
+def timestep_embedding(t, dim):
+    """Sinusoidal embedding of t (B,) in [0, 1], the published networks' 999 t: (B, dim), cosines first."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    args = 999 * t.float()[:, None] * freqs
+    return torch.cat([args.cos(), args.sin()], dim=-1)
+
+
+class NormSiLU(nn.GroupNorm):
+    """GroupNorm of 32 groups, optional scale-shift (B, 2C), SiLU: one kernel."""
+
+    def __init__(self, channels):
+        super().__init__(32, channels)
+
+    def forward(self, x, scale_shift=None):
+        scale, shift = (None, None) if scale_shift is None else scale_shift.chunk(2, dim=1)
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, scale, shift, self.eps)
+
+
+class ResBlock(nn.Module):
+    """x (B, C, H, W), emb (B, E) -> (B, C', H', W'); `resample` is None, "down" (mean of 2x2) or "up" (repeat 2x2)."""
+
+    def __init__(self, channels, emb_dim, out_channels, resample=None):
+        super().__init__()
+        self.resample = resample
+        # The keys are the published names; what has no parameters (SiLU, dropout) has no entry.
+        self.in_layers = nn.ModuleDict({"0": NormSiLU(channels), "2": nn.Conv2d(channels, out_channels, 3, padding=1)})
+        self.emb_layers = nn.ModuleDict({"1": nn.Linear(emb_dim, 2 * out_channels)})
+        self.out_layers = nn.ModuleDict({"0": NormSiLU(out_channels), "3": zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))})
+        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.in_layers["0"](x)
+        if self.resample == "down":
+            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
+        elif self.resample == "up":
+            h, x = (F.interpolate(a, scale_factor=2, mode="nearest") for a in (h, x))
+        h = self.in_layers["2"](h)
+        h = self.out_layers["0"](h, self.emb_layers["1"](F.silu(emb)))
+        return self.skip_connection(x) + self.out_layers["3"](h)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the H W positions of x (B, C, H, W); the qkv channels are grouped by head, then q, k, v."""
+
+    def __init__(self, channels, head_channels):
+        super().__init__()
+        self.heads = channels // head_channels
+        self.norm = nn.GroupNorm(32, channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x).reshape(B, C, H * W))
+        qkv = qkv.view(B, self.heads, 3, C // self.heads, H * W).transpose(-1, -2)  # (B, heads, 3, HW, C/heads)
+        h = F.scaled_dot_product_attention(*qkv.unbind(2))  # (B, heads, HW, C/heads)
+        h = self.proj_out(h.transpose(-1, -2).reshape(B, C, H * W))
+        return x + h.view(B, C, H, W)
+
+
+class Stage(nn.Sequential):
+    """One entry of input_blocks, middle_block or output_blocks: passes the time embedding to those who want it."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+def zeroed(layer):
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class UNet(nn.Module):
+    """The velocity network. x_in = concat(x_t, x_lr) (B, 6, H, W), t (B,) -> v (B, 3, H, W); H, W multiples of `multiple`.
+
+    patch      p > 1: the work is done at 1/p of the width and height, on p^2 times the channels.
+    precond    None, or {"sigma_p", "sigma_d"}: see `coefficients`.
+    one_step   a distilled student, whose input is always x_0, whatever t.
+    condition  False: no x_lr among the inputs (channels 3 to 5 of x_in are not read).
+    Raises ValueError for a size that is not a multiple of `multiple`.
+    """
+
+    def __init__(self, channels, mults, blocks, attention=(), head_channels=64, patch=1, out_channels=3,
+                 condition=True, precond=None, one_step=False):
+        super().__init__()
+        self.config = dict(channels=channels, mults=list(mults), blocks=blocks, attention=list(attention),
+                           head_channels=head_channels, patch=patch, out_channels=out_channels,
+                           condition=condition, precond=precond, one_step=one_step)
+        self.patch, self.precond, self.one_step, self.condition = patch, precond, one_step, condition
+        self.multiple = patch * 2 ** (len(mults) - 1)
+        self.channels, emb = channels, 4 * channels
+        self.time_embed = nn.ModuleDict({"0": nn.Linear(channels, emb), "2": nn.Linear(emb, emb)})
+
+        def stage(c_in, c_out, factor):
+            attend = [AttentionBlock(c_out, head_channels)] if factor in attention else []
+            return [ResBlock(c_in, emb, c_out), *attend]
+
+        ch, factor = channels * mults[0], 1
+        first = nn.Conv2d((6 if condition else 3) * patch**2, ch, 3, padding=1)
+        self.input_blocks, skips = nn.ModuleList([Stage(first)]), [ch]
+        for level, mult in enumerate(mults):
+            for _ in range(blocks):
+                self.input_blocks.append(Stage(*stage(ch, mult * channels, factor)))
+                skips.append(ch := mult * channels)
+            if level < len(mults) - 1:
+                self.input_blocks.append(Stage(ResBlock(ch, emb, ch, "down")))
+                skips.append(ch)
+                factor *= 2
+        middle = AttentionBlock(ch, head_channels) if attention else nn.Identity()
+        self.middle_block = Stage(ResBlock(ch, emb, ch), middle, ResBlock(ch, emb, ch))
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(mults))):
+            for i in range(blocks + 1):
+                layers = stage(ch + skips.pop(), ch := mult * channels, factor)
+                if level and i == blocks:
+                    layers.append(ResBlock(ch, emb, ch, "up"))
+                    factor //= 2
+                self.output_blocks.append(Stage(*layers))
+        last = zeroed(nn.Conv2d(ch, out_channels * patch**2, 3, padding=1))
+        self.out = nn.ModuleDict({"0": NormSiLU(ch), "2": last})
+
+    def raw(self, x, t):
+        """The bare network F: x (B, 6 or 3, H, W), t (B,) -> (B, out_channels, H, W)."""
+        if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
+            raise ValueError(f"the network takes heights and widths that are multiples of {self.multiple}, not {x.shape[-2]} x {x.shape[-1]}")
+        emb = self.time_embed["2"](F.silu(self.time_embed["0"](timestep_embedding(t, self.channels))))
+        h, skips = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x, []
+        h = h.contiguous(memory_format=torch.channels_last)
+        for block in self.input_blocks:
+            skips.append(h := block(h, emb))
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        h = self.out["2"](self.out["0"](h))
+        return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
+
+    def coefficients(self, t):
+        """c_skip, c_in, c_out of the preconditioned velocity, each (B, 1, 1, 1).
+
+        With r = x_t - x_lr and d = x_1 - x_lr of variance sigma_d^2, and x_0 taken for x_lr + sigma_p eps:
+            r = (1-t) sigma_p eps + t d    of variance n = (1-t)^2 sigma_p^2 + t^2 sigma_d^2
+            v = x_1 - x_0 = d - sigma_p eps,    cov(v, r) = t sigma_d^2 - (1-t) sigma_p^2
+        so the best linear estimate of v from r is cov(v, r) / n r = c_skip (x_lr - x_t), and what it leaves
+        has variance sigma_p^2 + sigma_d^2 - cov(v, r)^2 / n = sigma_p^2 sigma_d^2 / n = c_out^2. The network
+        says that rest, in units of c_out, from r in units of its deviation (the idea is EDM's, Karras et al. 2022):
+            v = c_skip (x_lr - x_t) + c_out F(c_in (x_t - x_lr), x_lr, t)
+        """
+        p2, d2 = self.precond["sigma_p"] ** 2, self.precond["sigma_d"] ** 2
+        t = (torch.zeros_like(t) if self.one_step else t).float().view(-1, 1, 1, 1)
+        n = (1 - t) ** 2 * p2 + t**2 * d2
+        return ((1 - t) * p2 - t * d2) / n, n**-0.5, (p2 * d2 / n) ** 0.5
+
+    def forward(self, x_in, t):
+        t = t.to(x_in.device).expand(x_in.shape[0])
+        if not self.precond:
+            return self.raw(x_in if self.condition else x_in[:, :3], t)[:, :3]
+        c_skip, c_in, c_out = self.coefficients(t)
+        x_lr = x_in[:, 3:].float()
+        r = x_in[:, :3].float() - x_lr
+        f = self.raw(torch.cat([c_in * r, x_lr], dim=1), t)[:, :3]
+        return c_out * f.float() - c_skip * r
+
+
+def count_macs(model, height, width):
+    """Multiply-accumulates of convolutions, linear layers and attention for one picture of height x width, as run."""
+    from torch.utils.flop_counter import FlopCounterMode
+    meta = UNet(**model.config).to("meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        meta(torch.empty(1, 6, height, width, device="meta"), torch.empty(1, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, warmed up: decay_n = min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, model, decay=0.9999):
+        self.decay, self.num_updates = decay, 0
+        self.shadow_params = [p.detach().clone() for p in model.parameters()]
+
+    @torch.no_grad()
+    def update(self, model):
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        self.num_updates += 1
+        torch._foreach_lerp_(self.shadow_params, list(model.parameters()), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model):
+        """Write the averaged parameters into model."""
+        torch._foreach_copy_(list(model.parameters()), self.shadow_params)
+        return model
+
+    def state_dict(self):  # the published files' format
+        return dict(decay=self.decay, num_updates=self.num_updates, shadow_params=self.shadow_params)
+
+    def load_state_dict(self, state):
+        self.decay, self.num_updates = state["decay"], state["num_updates"]
+        torch._foreach_copy_(self.shadow_params, list(state["shadow_params"]))
+
+
+# --- files ---
+
+
+def atomic_write(path, write):
+    """write(temporary path), then rename: whoever reads `path`, at whatever moment, finds a whole file, old or new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(tmp)
+        with open(tmp, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, checkpoint):
+    """A training checkpoint: a dict of tensors and plain types only, so that weights_only=True loads it. Atomic."""
+    atomic_write(path, lambda tmp: torch.save(checkpoint, tmp))
+
+
+def load_checkpoint(path, device="cpu"):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def save_release(path, model, meta):
+    """Weights to share: bfloat16 .safetensors with `meta` (a dict of plain types) as JSON beside them. Atomic."""
+    from safetensors.torch import save_file
+    tensors = {name: p.detach().bfloat16().contiguous() for name, p in model.state_dict().items()}
+    header = {"oftsr": json.dumps({**meta, "model": model.config})}
+    atomic_write(path, lambda tmp: save_file(tensors, tmp, metadata=header))
+
+
+def read_meta(path):
+    """The metadata of a release file, without its tensors."""
+    with open(path, "rb") as f:
+        size = f.read(8)
+        header = json.loads(f.read(struct.unpack("<Q", size)[0])) if len(size) == 8 else {}
+    return json.loads(header.get("__metadata__", {}).get("oftsr", "null"))
+
+
+def load_model(path, device="cpu", model=None):
+    """The network in a file, in float32 and evaluation mode, with its metadata: (UNet, dict).
+
+    path is a training checkpoint (its EMA is taken), a .safetensors release, or a published OFTSR file
+    (a list of EMA tensors in parameter order), for which `model` names the preset. Metadata holds at
+    least "stage" ("flow" or "distill", None if the file does not say) and "task" (a dict, or None).
+    Raises FileNotFoundError, and ValueError when the file is none of these or does not fit.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            meta = read_meta(path)
+            state = load_file(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model")}
+            state = checkpoint["ema"]["shadow_params"]
+    except Exception as e:  # each format's library raises its own kind
+        raise ValueError(f"{path} is not a file of weights that this program knows: {type(e).__name__}: {e}") from e
+    if not meta or not meta.get("model"):
+        if model is None:
+            raise ValueError(f"{path} does not say which network it holds: name it with --model {{{','.join(PRESETS)}}}")
+        meta = {"stage": None, "task": None, "step": None, "model": PRESETS[model]}
+    with torch.device("meta"):
+        net = UNet(**meta["model"])
+    names = list(net.state_dict())
+    if isinstance(state, list):
+        state = dict(zip(names, state, strict=False)) if len(state) == len(names) else {}
+    wrong = [n for n, p in net.state_dict().items() if n not in state or state[n].shape != p.shape]
+    if wrong or len(state) != len(names):
+        raise ValueError(f"{path} does not hold this network: {len(wrong)} of its {len(names)} parameters are missing or of another shape")
+    net.load_state_dict({n: p.float() for n, p in state.items()}, assign=True)
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
