@@ -23,13 +23,28 @@ import torch.nn.functional as F
 from kernels import group_norm_silu
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
-# attention: down-sampling factors at which there is attention (none at all if empty). patch: see UNet.
+# attention: down-sampling factors at which there is attention (none at all if empty). patch, precond: see UNet;
+# True stands for the sigmas of the task, which network_config fills in.
 PRESETS = {
-    "tiny": dict(channels=32, mults=(1, 2), blocks=1, patch=2),  # for tests
-    "photos": dict(channels=32, mults=(1, 2, 4, 4), blocks=1, patch=2),
+    "tiny": dict(channels=32, mults=(1, 2), blocks=1, patch=2, precond=True),  # for tests
+    "photos": dict(channels=32, mults=(1, 2, 4, 4), blocks=1, patch=2, precond=True),
     "ffhq": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(16,), out_channels=6),
     "imagenet": dict(channels=256, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), out_channels=6),
 }
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line that says what, and what would be right."""
+
+
+def network_config(preset, condition=True, sigma_p=None, sigma_d=None):
+    """The arguments of UNet for a preset; a preconditioned one wants sigma_p and sigma_d, both > 0."""
+    config = dict(PRESETS[preset], condition=condition)
+    if config.get("precond"):
+        if not sigma_p or not condition:
+            raise InputError(f"the network {preset!r} is preconditioned, which takes sigma_p > 0 and the condition x_lr")
+        config["precond"] = dict(sigma_p=sigma_p, sigma_d=sigma_d)
+    return config
 
 
 def timestep_embedding(t, dim):
@@ -208,6 +223,31 @@ def count_macs(model, height, width):
     return counter.get_total_flops() // 2
 
 
+def pick_device(name="auto", local_rank=0):
+    """auto is the first that is there of cuda, mps, cpu; under torchrun each process takes its own GPU. Raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"no device {name!r} here: {str(e).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name, device):
+    """The one precision rule: auto is bfloat16 where the device computes in it, else float32; parameters stay float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 class EMA:
     """Exponential moving average of a model's parameters, warmed up: decay_n = min(decay, (1 + n) / (10 + n))."""
 
@@ -259,7 +299,7 @@ def save_checkpoint(path, checkpoint):
 
 def load_checkpoint(path, device="cpu"):
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise InputError(f"no checkpoint at {path}")
     return torch.load(path, map_location=device, weights_only=True)
 
 
@@ -285,10 +325,10 @@ def load_model(path, device="cpu", model=None):
     path is a training checkpoint (its EMA is taken), a .safetensors release, or a published OFTSR file
     (a list of EMA tensors in parameter order), for which `model` names the preset. Metadata holds at
     least "stage" ("flow" or "distill", None if the file does not say) and "task" (a dict, or None).
-    Raises FileNotFoundError, and ValueError when the file is none of these or does not fit.
+    Raises InputError when there is no such file, or it is none of these, or does not fit.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+        raise InputError(f"no weights at {path}")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -299,10 +339,10 @@ def load_model(path, device="cpu", model=None):
             meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model")}
             state = checkpoint["ema"]["shadow_params"]
     except Exception as e:  # each format's library raises its own kind
-        raise ValueError(f"{path} is not a file of weights that this program knows: {type(e).__name__}: {e}") from e
+        raise InputError(f"{path} is not a file of weights that this program knows: {type(e).__name__}: {e}") from e
     if not meta or not meta.get("model"):
         if model is None:
-            raise ValueError(f"{path} does not say which network it holds: name it with --model {{{','.join(PRESETS)}}}")
+            raise InputError(f"{path} does not say which network it holds: name it with --model {{{','.join(PRESETS)}}}")
         meta = {"stage": None, "task": None, "step": None, "model": PRESETS[model]}
     with torch.device("meta"):
         net = UNet(**meta["model"])
@@ -311,6 +351,6 @@ def load_model(path, device="cpu", model=None):
         state = dict(zip(names, state, strict=False)) if len(state) == len(names) else {}
     wrong = [n for n, p in net.state_dict().items() if n not in state or state[n].shape != p.shape]
     if wrong or len(state) != len(names):
-        raise ValueError(f"{path} does not hold this network: {len(wrong)} of its {len(names)} parameters are missing or of another shape")
+        raise InputError(f"{path} does not hold this network: {len(wrong)} of its {len(names)} parameters are missing or of another shape")
     net.load_state_dict({n: p.float() for n, p in state.items()}, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta

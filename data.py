@@ -1,0 +1,310 @@
+"""Pictures in and out, datasets and crops, the degradations H and H^T, and the table of tasks.
+
+A picture is (3, H, W); on disk and in a batch from the loader it is uint8, for the network it is
+float in [-1, 1]. Nothing here depends on how many processes train: picture number n of a training
+run is the same picture, crop and flip on one GPU and on eight.
+"""
+import argparse
+import itertools
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+
+import kernels
+from model import PRESETS, InputError, atomic_write
+
+ASSETS = Path(__file__).parent / "assets"
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+# --- tasks: a row is everything an experiment of the paper fixes ---
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    degradation: str = "bicubic"  # H: "bicubic" (antialiased) or "avgpool"
+    scale: int = 4
+    sigma_n: float = 0.0  # noise of the measurement, on the [-1, 1] scale
+    sigma_p: float = 0.1  # perturbation of the start, Eq. (4)
+    image_size: int = 256  # side of a training picture
+    crop: str = "center"  # "center": resize the short side, cut the middle; "random": cut anywhere, no resizing
+    model: str = "ffhq"  # preset of model.py
+    loss: str = "l1"  # D of Eq. (5)
+    hflip: float = 0.5
+    vflip: float = 0.06
+    condition: bool = True  # the network sees x_lr
+    train_files: int = 0  # train on the first N files by name; 0: all that are not for validation
+    val_list: str = ""  # names of the validation files, in assets/
+    paper: str = ""  # where the paper reports it
+
+
+TASKS = {task.name: task for task in (
+    Task("photos", sigma_p=0.1, image_size=128, crop="random", model="photos"),
+    Task("ffhq", train_files=60000, val_list="ffhq_val_100.txt", paper="Table 2, top"),
+    Task("ffhq_noisy", degradation="avgpool", sigma_n=0.05, sigma_p=0.5, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 2, bottom"),
+    Task("ffhq_x8", scale=8, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
+    Task("ffhq512_x4", image_size=512, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
+    Task("ffhq512_x8", image_size=512, scale=8, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
+    Task("div2k", sigma_p=0.2, crop="random", paper="Table 1"),
+    Task("imagenet", sigma_p=0.2, model="imagenet", val_list="imagenet_val_100.txt", paper="Table 3"),
+    Task("ffhq_uncond", sigma_p=1.0, loss="l2", hflip=0.0, vflip=0.0, condition=False, paper="Appendix F"),
+)}
+
+
+def in_range(kind, low, high=None):
+    """An argparse type: a number of that kind in [low, high]."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+        if not value >= low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {f'{low} to {high}' if high is not None else f'at least {low}'}")
+        return value
+    return parse
+
+
+def add_task_flags(parser):
+    """--dataset picks a row of the table, any other of these overrides a cell of it."""
+    g = parser.add_argument_group("task: --dataset picks a row of data.TASKS, the rest override its cells")
+    g.add_argument("--dataset", choices=TASKS, default="photos", help="which row (default: photos, any folder of photographs)")
+    g.add_argument("--degradation", choices=("bicubic", "avgpool"), help="H")
+    g.add_argument("--scale", type=in_range(int, 1, 64), help="how many times smaller x_lr is")
+    g.add_argument("--sigma_n", type=in_range(float, 0, 10), help="noise of the measurement, on the [-1, 1] scale")
+    g.add_argument("--sigma_p", type=in_range(float, 0, 1), help="perturbation of the start, Eq. (4)")
+    g.add_argument("--image_size", type=in_range(int, 8), help="side of a training picture")
+    g.add_argument("--crop", choices=("center", "random"), help="resize and cut the middle, or cut anywhere")
+    g.add_argument("--model", choices=PRESETS, help="network preset")
+    g.add_argument("--hflip", type=in_range(float, 0, 1), help="chance of a horizontal flip")
+    g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
+
+
+def resolve_task(args):
+    """The row that --dataset names, with the cells that other flags override."""
+    given = {f.name: v for f in fields(Task) if f.name != "name" and (v := getattr(args, f.name, None)) is not None}
+    task = replace(TASKS[args.dataset], **given)
+    if task.image_size % task.scale:
+        raise InputError(f"--image_size {task.image_size} is not a multiple of --scale {task.scale}")
+    return task
+
+
+def task_from_dict(d):
+    return Task(**d)
+
+
+def task_to_dict(task):
+    return asdict(task)
+
+
+# --- pictures in and out ---
+
+
+def read_image(path):
+    """A picture file as RGB, uint8 (H, W, 3): EXIF rotation applied, alpha composited on white, 16 bits brought to 8.
+
+    Raises InputError, in one line that names the file, if it cannot be read.
+    """
+    try:
+        with Image.open(path) as im:
+            im = ImageOps.exif_transpose(im)
+            if im.mode.startswith("I;16") or im.mode == "I":
+                im = Image.fromarray(np.clip(np.round(np.asarray(im, np.float32) / 257), 0, 255).astype(np.uint8))
+            if im.has_transparency_data:
+                im = im.convert("RGBA")
+                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+            return np.array(im.convert("RGB"))
+    except FileNotFoundError:
+        raise InputError(f"no picture at {path}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow raises for broken files
+        raise InputError(f"{path} cannot be read as a picture: {e}") from None
+
+
+def write_image(path, array, **options):
+    """Write uint8 (H, W, 3) to path, in the format its ending names; whole or not at all. options go to Pillow."""
+    image_format = Image.registered_extensions().get(Path(path).suffix.lower())
+    if image_format is None:
+        raise InputError(f"cannot write {path}: the ending names no picture format (use .png, .jpg or .webp)")
+    atomic_write(path, lambda tmp: Image.fromarray(array).save(tmp, format=image_format, **options))
+
+
+def to_float(x):
+    """uint8 to [-1, 1] float32, any shape."""
+    return x.float() / 127.5 - 1
+
+
+def list_images(folder):
+    """Every picture below folder, sorted by path. Raises InputError if there is no folder or no picture in it."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file() and not p.name.startswith("."))
+    if not paths:
+        raise InputError(f"no pictures in {folder} (looked for {' '.join(sorted(EXTENSIONS))})")
+    return paths
+
+
+def find_data(task, data_dir=None):
+    """The training and the validation files of a task: two lists of paths.
+
+    data_dir defaults to data/<task name>, and for the task photos, if there is no such folder, to the
+    photographs in assets/. Validation files are those in a subfolder val/; else those that the task's list
+    names; else one in twenty, by name. Raises InputError if nothing is there.
+    """
+    if data_dir is None:
+        data_dir = Path("data") / task.name
+        if task.name == "photos" and not data_dir.is_dir():
+            data_dir = ASSETS
+            print(f"no folder data/photos: training on the {len(list_images(ASSETS))} photographs in assets/, "
+                  "enough to see it run and far too few to learn from (--data_dir names a folder of yours)", file=sys.stderr)
+    data_dir = Path(data_dir)
+    paths = list_images(data_dir)
+    names = set((ASSETS / task.val_list).read_text().split()) if task.val_list else set()
+    val = [p for p in paths if (data_dir / "val") in p.parents] or [p for p in paths if p.name in names] or paths[::20]
+    held_out = set(val)
+    train = [p for p in paths if p not in held_out][: task.train_files or None]
+    return train or val, val  # a single picture serves as both
+
+
+# --- datasets ---
+
+
+def center_crop(image, size):
+    """Resize the short side of a PIL picture to size (halving with a box filter first, then bicubic) and cut the middle."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    ratio = size / min(image.size)
+    image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.BICUBIC)
+    x, y = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((x, y, x + size, y + size))
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Training pictures: item (index, n) is (3, S, S) uint8 and n, the crop and flips being drawn from (seed, n).
+
+    A picture that is broken, or too small for the crop, is replaced by the next one with a warning that
+    names it; when more than 1 % are, InputError.
+    """
+
+    def __init__(self, paths, task, seed):
+        self.paths, self.task, self.seed, self.broken = paths, task, seed, set()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def load(self, index):
+        for i in itertools.count(index):
+            path = self.paths[i % len(self)]
+            try:
+                image = read_image(path)
+                if self.task.crop == "random" and min(image.shape[:2]) < self.task.image_size:
+                    raise InputError(f"{path} is {image.shape[1]} x {image.shape[0]}, smaller than the {self.task.image_size} crop")
+                return image
+            except InputError as e:
+                if path not in self.broken:
+                    self.broken.add(path)
+                    print(f"skipped: {e}", file=sys.stderr)
+                if len(self.broken) > 0.01 * len(self):
+                    raise InputError(f"{len(self.broken)} of {len(self)} training pictures cannot be used, the last: {e}") from None
+
+    def __getitem__(self, key):
+        index, n = key
+        rng, size = np.random.default_rng([self.seed, n]), self.task.image_size
+        image = self.load(index)
+        if self.task.crop == "random":
+            y, x = (int(rng.integers(d - size + 1)) for d in image.shape[:2])
+            image = image[y : y + size, x : x + size]
+        else:
+            image = np.asarray(center_crop(Image.fromarray(image), size))
+        if rng.random() < self.task.hflip:
+            image = image[:, ::-1]
+        if rng.random() < self.task.vflip:
+            image = image[::-1]
+        return torch.from_numpy(image.transpose(2, 0, 1).copy()), n
+
+
+class Order(torch.utils.data.Sampler):
+    """The endless order of training: (index, n) for n = start + rank, start + rank + world, ...
+
+    n counts the pictures that all processes together have seen; every epoch is another permutation. To
+    resume is to start at another n.
+    """
+
+    def __init__(self, length, seed, start=0, rank=0, world=1):
+        self.length, self.seed, self.start, self.rank, self.world = length, seed, start, rank, world
+
+    def __iter__(self):
+        current = None
+        for n in itertools.count(self.start + self.rank, self.world):
+            epoch, i = divmod(n, self.length)
+            if epoch != current:
+                current, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.length)
+            yield int(order[i]), n
+
+
+def training_batches(paths, task, seed, batch_size, start, rank, world, num_workers):
+    """Batches without end, from picture number `start` on: ((B, 3, S, S) uint8, (B,) int64 picture numbers)."""
+    order = Order(len(paths), seed, start, rank, world)
+    return iter(torch.utils.data.DataLoader(
+        Pictures(paths, task, seed), batch_size, sampler=order, num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0))
+
+
+def validation_pictures(paths, task, count):
+    """The middles of the first `count` files, spread evenly: (N, 3, S, S) uint8, S = 256 or the task's size if larger."""
+    size = max(task.image_size, 256) if task.crop == "random" else task.image_size
+    chosen = [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
+    return torch.stack([torch.from_numpy(np.array(center_crop(Image.fromarray(read_image(p)), size)).transpose(2, 0, 1))
+                        for p in chosen])
+
+
+def image_seeds(seed, numbers):
+    """The noise streams of pictures `numbers` (B,) int64 in a run of that seed: (B,) int64, one each."""
+    return (numbers % 2**32) + (seed % 2**31) * 2**32
+
+
+# --- degradations ---
+
+
+def H(x, degradation, scale):
+    """Down-sampling: x (B, C, H, W) to (B, C, H/scale, W/scale). H and W are multiples of scale."""
+    if x.shape[-2] % scale or x.shape[-1] % scale:
+        raise ValueError(f"{x.shape[-2]} x {x.shape[-1]} is not a multiple of the scale {scale}")
+    if degradation == "avgpool":
+        return F.avg_pool2d(x, scale)
+    return F.interpolate(x, scale_factor=1 / scale, mode="bicubic", antialias=True)
+
+
+def H_T(y, degradation, scale):
+    """Back to full size: y (B, C, h, w) to (B, C, h scale, w scale); pixel repetition for avgpool, else bicubic."""
+    if degradation == "avgpool":
+        return y.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+    return F.interpolate(y, scale_factor=scale, mode="bicubic", antialias=True)
+
+
+def degrade(x_1, task, seeds):
+    """x_lr = H^T(H(x_1) + n): x_1 (B, 3, H, W) in [-1, 1] to the low-resolution picture at full size, kept in float.
+
+    n has standard deviation task.sigma_n and comes from stream 1 of seeds (B,) int64.
+    """
+    y = H(x_1, task.degradation, task.scale)
+    if task.sigma_n:
+        y = y + task.sigma_n * kernels.normal(seeds, y.shape, stream=1)
+    return H_T(y, task.degradation, task.scale)
+
+
+def measure_sigma_d(paths, task, seed, count=256):
+    """sigma_d of the preconditioning: the standard deviation of x_1 - x_lr over the first `count` training pictures."""
+    batches = training_batches(paths, task, seed, min(count, 32), 0, 0, 1, 0)
+    total, pixels = 0.0, 0
+    for _ in range(max(1, count // 32)):
+        x_1, n = next(batches)
+        x_1 = to_float(x_1)
+        d = x_1 - degrade(x_1, task, image_seeds(seed, n))
+        total, pixels = total + d.double().square().sum().item(), pixels + d.numel()
+    return (total / pixels) ** 0.5

@@ -1,0 +1,257 @@
+"""Stage 1: train the rectified flow from noised low-resolution pictures to high-resolution ones (Eq. 4, 5).
+
+On a CPU, to see it run:    python train_flow.py --data_dir DIR --image_size 96 --batch_size 8 --max_iters 1000
+On one GPU:                 torchrun train_flow.py --dataset ffhq --data_dir DIR
+On eight:                   torchrun --nproc_per_node 8 train_flow.py --dataset ffhq --data_dir DIR
+On two machines:            torchrun --nnodes 2 --node_rank R --master_addr HOST --nproc_per_node 8 train_flow.py ...
+What would run:             python train_flow.py --dataset imagenet --dry_run
+To go on after a stop:      the same command with --init_from resume
+
+Writes ckpt.pt, log.jsonl and pictures of the validation set under --out_dir.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import kernels
+from evaluate import load_lpips, psnr_rgb
+from model import (EMA, InputError, UNet, count_macs, load_checkpoint, load_model, network_config, pick_device, pick_dtype,
+                   save_checkpoint)
+from sample import integrate, one_step
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    number, whole = data.in_range(float, 0), data.in_range(int, 0)
+    data.add_task_flags(p)
+    p.add_argument("--loss", choices=("l1", "l2"), help="D of Eq. (5) (default: the task's)")
+    p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
+    p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
+    p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
+    p.add_argument("--seed", type=whole, default=1337, help="fixes order, crops, flips, noise and initial weights")
+    p.add_argument("--batch_size", type=data.in_range(int, 1), default=32, help="pictures a step and process")
+    p.add_argument("--gradient_accumulation_steps", type=data.in_range(int, 1), default=1, help="batches summed before an update")
+    p.add_argument("--max_iters", type=data.in_range(int, 1), default=100_000, help="updates in all")
+    p.add_argument("--learning_rate", type=number, default=1e-4, help="of Adam, after the warm-up")
+    p.add_argument("--warmup_iters", type=whole, default=1000, help="updates over which the learning rate rises")
+    p.add_argument("--lr_decay", choices=("none", "linear", "cosine"), default="none", help="how it falls to 0 at max_iters")
+    p.add_argument("--grad_clip", type=number, default=1.0, help="largest gradient norm; 0 disables")
+    p.add_argument("--ema", type=data.in_range(float, 0, 1), default=0.9999, help="decay of the weights' moving average")
+    p.add_argument("--eval_interval", type=data.in_range(int, 1), default=1000, help="updates between validations, each of which saves")
+    p.add_argument("--eval_pictures", type=data.in_range(int, 1), default=16, help="validation pictures")
+    p.add_argument("--eval_steps", type=data.in_range(int, 1), default=4, help="midpoint steps of the few-step prediction")
+    p.add_argument("--log_interval", type=data.in_range(int, 1), default=50, help="updates between lines of log.jsonl")
+    p.add_argument("--always_save_checkpoint", action="store_true", help="keep ckpt_STEP.pt of every validation beside the newest")
+    p.add_argument("--lpips_backbone", help="file of torchvision's AlexNet weights (default: torchvision's cache)")
+    p.add_argument("--num_workers", type=data.in_range(int, -1), default=-1, help="processes that read pictures; -1: 0 on a CPU, else up to 8")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    p.add_argument("--dry_run", action="store_true", help="print settings, parameters and MACs, and stop")
+    return p.parse_args()
+
+
+def flow_loss(model, x_in, target, t, kind):
+    """Eq. (5) of each picture: x_in = concat(x_t, x_lr) (B, 6, H, W), target x_1 - x_0 (B, 3, H, W), t (B,) -> (B,)."""
+    error = model(x_in, t).float() - target
+    return (error.abs() if kind == "l1" else error.square()).mean(dim=(1, 2, 3))
+
+
+def learning_rate(step, args):
+    """Linear warm-up, then constant, or falling to 0 at max_iters."""
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / args.warmup_iters
+    done = min(1.0, (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters))
+    return args.learning_rate * {"none": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[args.lr_decay]
+
+
+@torch.no_grad()
+def validate(model, x_1, task, steps, lpips, device, autocast):
+    """The flow in one step and in a few, on x_1 (N, 3, S, S) uint8: (dict of means, picture grid (H', W', 3) uint8)."""
+    scores, rows = {}, []
+    for i, picture in enumerate(x_1):
+        truth = data.to_float(picture[None]).to(device)
+        seeds = torch.full((1,), i, device=device)
+        x_lr = data.degrade(truth, task, seeds)
+        x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
+        with autocast():
+            outputs = {"one": one_step(model, x_in, 0.0), "few": integrate(model, x_in.clone(), "midpoint", steps)[0]}
+        for name, x in {"lr": x_lr, **outputs}.items():
+            shown = kernels.to_uint8(x)
+            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(shown.permute(0, 3, 1, 2), picture[None].to(device)).item())
+            if lpips:
+                scores.setdefault(f"lpips_{name}", []).append(lpips(data.to_float(shown.permute(0, 3, 1, 2)), truth).item())
+        if i < 4:
+            rows.append(torch.cat([kernels.to_uint8(x)[0] for x in (x_lr, *outputs.values(), truth)], dim=1))
+    return {k: sum(v) / len(v) for k, v in scores.items()}, torch.cat(rows).cpu().numpy()
+
+
+def main():
+    args = parse_args()
+    task = data.resolve_task(args)
+    out_dir = Path(args.out_dir or f"out/{task.name}_flow")
+
+    # --- processes and device ---
+    ddp = "RANK" in os.environ
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(args.device, local)
+    if ddp:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    master = rank == 0
+    dtype = pick_dtype(args.dtype, device)
+    autocast = (lambda: torch.autocast(device.type, dtype)) if dtype != torch.float32 else nullcontext
+    torch.manual_seed(args.seed)  # the initial weights; everything else is drawn by picture number
+    say = tqdm.write if master else lambda text: None
+
+    # --- data ---
+    checkpoint = load_checkpoint(out_dir / "ckpt.pt") if args.init_from == "resume" else None
+    train_paths, val_paths = data.find_data(task, args.data_dir)
+    if checkpoint:
+        config = checkpoint["model"]
+    elif args.init_from != "scratch":
+        config = load_model(args.init_from, model=task.model)[1]["model"]
+    else:
+        precond = network_config(task.model, task.condition, task.sigma_p)["precond"] if task.model in ("photos", "tiny") else None
+        config = network_config(task.model, task.condition, task.sigma_p, data.measure_sigma_d(train_paths, task, args.seed) if precond else None)
+
+    # --- model ---
+    model = UNet(**config)
+    if task.image_size % model.multiple:
+        raise InputError(f"--image_size {task.image_size} is not a multiple of {model.multiple}, which the network {task.model!r} needs")
+    say(f"{task}")
+    say(f"{' '.join(f'{k}={v}' for k, v in vars(args).items() if k not in data.Task.__dataclass_fields__)}")
+    say(f"{len(train_paths)} training and {len(val_paths)} validation pictures; {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{count_macs(model, task.image_size, task.image_size) / 1e9:.2f} GMACs a picture; global batch "
+        f"{args.batch_size * args.gradient_accumulation_steps * world}; {device}, {dtype}, {world} process(es)")
+    if args.dry_run:
+        return
+    if args.init_from not in ("scratch", "resume"):
+        model.load_state_dict(load_model(args.init_from, model=task.model)[0].state_dict())
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
+    ema = EMA(model, args.ema)
+    step = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["params"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        ema.load_state_dict(checkpoint["ema"])
+        step = checkpoint["step"]
+        say(f"resumed at step {step}")
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    net = torch.compile(model) if args.compile else model
+    net = DistributedDataParallel(net, device_ids=[local] if device.type == "cuda" else None) if ddp else net
+    lpips = load_lpips(args.lpips_backbone, device) if master else None
+    val = data.validation_pictures(val_paths, task, args.eval_pictures) if master else None
+
+    # --- logging, saving, stopping ---
+    log_path, lines = out_dir / "log.jsonl", []
+    if master:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint and log_path.exists():  # what came after the checkpoint will come again
+            lines = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        log_path.write_text("".join(line + "\n" for line in lines))
+
+    def log(entry):
+        with open(log_path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+        say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items() if k != "loss_by_t"))
+
+    def save(name="ckpt.pt"):
+        save_checkpoint(out_dir / name, dict(
+            stage="flow", task=data.task_to_dict(task), model=model.config, step=step, args=vars(args),
+            params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+
+    stop = 0  # the signal that asked for it
+
+    def ask_to_stop(signum, frame):
+        nonlocal stop
+        stop = signum
+
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, ask_to_stop)
+
+    # --- the loop ---
+    workers = args.num_workers if args.num_workers >= 0 else 0 if device.type == "cpu" else min(8, os.cpu_count() // max(1, world))
+    per_step = args.batch_size * args.gradient_accumulation_steps * world  # pictures
+    batches = data.training_batches(train_paths, task, args.seed, args.batch_size, step * per_step, rank, world, workers)
+    bar = tqdm(total=args.max_iters, initial=step, disable=None if master else True, unit="step")
+    sums = torch.zeros(2, 10, device=device)  # loss and count by tenth of t, since the last log line
+    clock, clock_step = time.time(), step
+    while True:
+        if step % args.eval_interval == 0 or step == args.max_iters or stop:
+            if master and not stop and step > 0:
+                scores, grid = validate(ema.copy_to(ema_model), val, task, args.eval_steps, lpips, device, autocast)
+                log(dict(step=step, **scores))
+                data.write_image(out_dir / f"val_{step:07d}.png", grid)
+            if master and step > 0:
+                save()
+                if args.always_save_checkpoint:
+                    save(f"ckpt_{step:07d}.pt")
+            clock, clock_step = time.time(), step
+        if step >= args.max_iters or stop:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        for micro in range(args.gradient_accumulation_steps):
+            x_1, n = next(batches)
+            x_1, seeds = data.to_float(x_1.to(device, non_blocking=True)), data.image_seeds(args.seed, n).to(device)
+            t = torch.rand(len(n), generator=torch.Generator().manual_seed(int(seeds[0]))).to(device)
+            x_in, target = kernels.flow_training_pair(x_1, data.degrade(x_1, task, seeds), t, task.sigma_p, seeds)
+            last = micro == args.gradient_accumulation_steps - 1
+            with net.no_sync() if ddp and not last else nullcontext(), autocast():
+                losses = flow_loss(net, x_in, target, t, task.loss)
+                (losses.mean() / args.gradient_accumulation_steps).backward()
+            tenth = (t * 10).long().clamp(max=9)
+            sums[0].index_add_(0, tenth, losses.detach())
+            sums[1].index_add_(0, tenth, torch.ones_like(losses))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+        step += 1
+        bar.update()
+
+        if ddp:  # all processes stop together, at the same step
+            flag = torch.tensor(stop, device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            stop = int(flag)
+        if step % args.log_interval == 0:
+            if ddp:
+                dist.all_reduce(sums)
+            loss = (sums[0].sum() / sums[1].sum()).item()
+            if not math.isfinite(loss):
+                raise InputError(f"the loss is {loss} at step {step}: lower --learning_rate; the last good checkpoint is in {out_dir}")
+            speed = (step - clock_step) * per_step / (time.time() - clock)
+            if master:
+                by_t = [round(a / max(b, 1), 5) for a, b in zip(*sums.tolist())]
+                log(dict(step=step, loss=loss, grad_norm=norm.item(), lr=learning_rate(step - 1, args), images_per_s=round(speed, 1), loss_by_t=by_t))
+                bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
+            sums.zero_()
+            clock, clock_step = time.time(), step
+    bar.close()
+    if ddp:
+        dist.destroy_process_group()
+    if stop:
+        say(f"stopped by a signal at step {step}; --init_from resume goes on from there")
+        sys.exit(128 + stop)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"train_flow.py: {e}")
