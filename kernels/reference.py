@@ -86,6 +86,10 @@ def normal(seeds, shape, stream=0):
     return n.flatten(1, 2)[:, :C].contiguous()
 
 
+def _arith(x):  # the type of the arithmetic: float32, unless the tensor is float64 (for gradcheck and exact solvers)
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _image(v):  # (B,) or a number, to broadcast over (B, C, H, W)
     return v.float().view(-1, 1, 1, 1) if torch.is_tensor(v) else v
 
@@ -135,6 +139,52 @@ def rk2_stage_(x_in, v1, v2, dt, alpha):
     x_t = x_in[:, : v1.shape[1]]
     x_t.copy_(x_t.float() + (v1.float() * b1 + v2.float() * b2) * _image(dt))
     return x_in
+
+
+# Dormand & Prince 1980, the pair behind scipy's RK45: row i combines i + 1 velocities; the last row is the fifth-order solution.
+DOPRI5_A = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9),
+            (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+            (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+            (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84))
+DOPRI5_C = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1)  # when each velocity is taken, in units of dt
+DOPRI5_E = (-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40)  # fifth order minus fourth
+
+
+def _combine(coefficients, k):
+    """Sum of coefficient times velocity from left to right; a zero coefficient's velocity is not read."""
+    terms = [_arith(v) * c for c, v in zip(coefficients, k, strict=True) if c]
+    return sum(terms[1:], terms[0])
+
+
+def dopri5_stage_(x_in, x_t, k, dt):
+    """x_in[:, :C] = x_t + dt sum_j a_j k_j, in place: the next point at which the Dormand-Prince pair asks for a velocity.
+
+    x_in (B, 2C, H, W); x_t (B, C, H, W), the state at the start of the step (a tensor of its own, not a view of x_in);
+    k a list of 1 to 6 velocities (B, C, H, W), whose number says which row of DOPRI5_A; dt a number. Returns x_in.
+    One adaptive step, with v(t) = model(x_in, t):
+
+        k = [v(t)]                                    # or the last velocity of the accepted step before
+        for c in DOPRI5_C[1:]:
+            dopri5_stage_(x_in, x_t, k, dt)
+            k.append(v(t + c dt))
+        dopri5_stage_(x_in, x_t, k, dt)               # six velocities: x_in holds the solution at t + dt
+        k.append(v(t + dt))
+        error = dopri5_error(x_in, x_t, k, dt, atol, rtol).item()
+        accepted (error < 1): x_t.copy_(x_in[:, :C]), k = [k[6]]; rejected: k = [k[0]], and a smaller dt
+    """
+    x_in[:, : x_t.shape[1]].copy_(_arith(x_t) + _combine(DOPRI5_A[len(k) - 1], k) * dt)
+    return x_in
+
+
+def dopri5_error(x_in, x_t, k, dt, atol, rtol):
+    """The error norm of scipy's RK45: root mean square, over all elements, of dt sum_j e_j k_j / (atol + rtol max(|x_t|, |x_new|)).
+
+    x_in[:, :C] holds x_new; k is the list of all 7 velocities; shapes as dopri5_stage_. Returns a float64 scalar
+    tensor on x_in's device (the mean is taken in float64), so that the step costs one synchronisation: .item().
+    """
+    x_t, x_new = _arith(x_t), _arith(x_in[:, : x_t.shape[1]])
+    scale = torch.maximum(x_t.abs(), x_new.abs()) * rtol + atol
+    return (_combine(DOPRI5_E, k) * dt / scale).double().square().mean().sqrt()
 
 
 def student_state(x_in, v, t):
