@@ -6,8 +6,9 @@ run is the same picture, crop and flip on one GPU and on eight.
 """
 import argparse
 import itertools
+import os
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -85,21 +86,13 @@ def add_task_flags(parser):
     g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
 
 
-def resolve_task(args):
-    """The row that --dataset names, with the cells that other flags override."""
+def resolve_task(args, row=None):
+    """The row that --dataset names (or the row given), with the cells that other flags override."""
     given = {f.name: v for f in fields(Task) if f.name != "name" and (v := getattr(args, f.name, None)) is not None}
-    task = replace(TASKS[args.dataset], **given)
+    task = replace(row or TASKS[args.dataset], **given)
     if task.image_size % task.scale:
         raise InputError(f"--image_size {task.image_size} is not a multiple of --scale {task.scale}")
     return task
-
-
-def task_from_dict(d):
-    return Task(**d)
-
-
-def task_to_dict(task):
-    return asdict(task)
 
 
 # --- pictures in and out ---
@@ -160,8 +153,9 @@ def find_data(task, data_dir=None):
         data_dir = Path("data") / task.name
         if task.name == "photos" and not data_dir.is_dir():
             data_dir = ASSETS
-            print(f"no folder data/photos: training on the {len(list_images(ASSETS))} photographs in assets/, "
-                  "enough to see it run and far too few to learn from (--data_dir names a folder of yours)", file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"no folder data/photos: training on the {len(list_images(ASSETS))} photographs in assets/, "
+                      "enough to see it run and far too few to learn from (--data_dir names a folder of yours)", file=sys.stderr)
     data_dir = Path(data_dir)
     paths = list_images(data_dir)
     names = set((ASSETS / task.val_list).read_text().split()) if task.val_list else set()

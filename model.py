@@ -223,6 +223,9 @@ def count_macs(model, height, width):
     return counter.get_total_flops() // 2
 
 
+# --- machine ---
+
+
 def pick_device(name="auto", local_rank=0):
     """auto is the first that is there of cuda, mps, cpu; under torchrun each process takes its own GPU. Raises InputError."""
     if name == "auto":
@@ -246,6 +249,17 @@ def pick_dtype(name, device):
     else:
         fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+# --- the rules of training that both stages share ---
+
+
+def learning_rate(step, args):
+    """Linear warm-up over args.warmup_iters to args.learning_rate; then, by args.lr_decay, constant or falling to 0 at args.max_iters."""
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / args.warmup_iters
+    done = min(1.0, (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters))
+    return args.learning_rate * {"none": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[args.lr_decay]
 
 
 class EMA:
@@ -282,7 +296,7 @@ def atomic_write(path, write):
     """write(temporary path), then rename: whoever reads `path`, at whatever moment, finds a whole file, old or new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.tmp")  # always the same name: what a killed process left is overwritten
     try:
         write(tmp)
         with open(tmp, "rb") as f:

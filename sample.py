@@ -1,49 +1,371 @@
-"""Integrating the flow."""
+"""Restore pictures: one step of a distilled student at any t (Eq. 13), or the flow itself, integrated.
+
+    python sample.py --t 0.5 img.png                            # restored/img_x4.png, 4 times larger
+    python sample.py --t 0,0.25,0.5,0.75,1 img.png              # the whole dial: ..._t0.png to ..._t1.png
+    python sample.py -r photos/ -o larger/                      # a folder and those below it
+    python sample.py --solver midpoint --steps 8 --ckpt out/photos_flow/ckpt.pt img.png
+    python sample.py --solver rk45 --ckpt weights/photos_x4_flow.safetensors img.png
+
+t = 0 is the most faithful picture, t = 1 the most realistic. From Python: `from sample import upscale; big = upscale(image, t=0.5)`.
+"""
+import argparse
+import functools
+import glob
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image, PngImagePlugin
 
-from kernels import euler_step_, rk2_stage_
+import data
+from kernels import dopri5_error, dopri5_stage_, euler_step_, noise_augment, rk2_stage_, to_uint8
+from kernels.reference import DOPRI5_C
+from model import PRESETS, InputError, load_model, pick_device, pick_dtype
 
+WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
 RK2_NODES = {"midpoint": 1 / 2, "ralston": 2 / 3, "heun": 1.0}
-SOLVERS = ("euler", *RK2_NODES)
+SOLVERS = ("euler", *RK2_NODES, "rk45")
+WHOLE = 1280 * 1280  # output pixels up to which a picture is restored in one piece (--tile auto)
+TILE = 768  # side of the tiles above that
+
+
+# --- the ODE dx/dt = v(x, x_lr, t) ---
+
+
+def _times(x_in, t):
+    return torch.full((x_in.shape[0],), float(t), device=x_in.device)
 
 
 def one_step(model, x_in, t):
-    """Eq. (13), x_1^t = x_0 + v_phi(x_0, x_lr, t): concat(x_0, x_lr) (B, 6, H, W), t a number or (B,) -> (B, 3, H, W)."""
-    t = torch.as_tensor(t, dtype=torch.float32, device=x_in.device).expand(x_in.shape[0])
-    return x_in[:, :3] + model(x_in, t).float()
+    """Eq. (13), x_1^t = x_0 + v_phi(x_0, x_lr, t): concat(x_0, x_lr) (B, 6, H, W), t in [0, 1] -> (B, 3, H, W)."""
+    return x_in[:, :3] + model(x_in, _times(x_in, t)).float()
 
 
-def teacher_step(model, x_in, t, dt, solver):
-    """The teacher's velocity at (x_t, t) and its mean slope over [t, t + dt]: two (B, 3, H, W), equal for Euler.
+def mean_slope(model, x_in, v1, t, dt, solver):
+    """The slope (x_s - x_t) / dt of one solver step from t to s = t + dt: v1, the velocity at t, for Euler; else second order.
 
-    x_in = concat(x_t, x_lr) (B, 6, H, W), unchanged; t, dt (B,).
+    x_in = concat(x_t, x_lr) (B, 6, H, W), unchanged; v1 (B, 3, H, W); t, dt (B,); solver euler, midpoint, ralston, heun.
     """
-    v1 = model(x_in, t)
     if solver == "euler":
-        return v1, v1
+        return v1
     alpha = RK2_NODES[solver]
     v2 = model(euler_step_(x_in.clone(), v1, alpha * dt), t + alpha * dt)
-    return v1, (1 - 1 / (2 * alpha)) * v1 + 1 / (2 * alpha) * v2
+    return v1 + (v2 - v1) / (2 * alpha)
 
 
-def integrate(model, x_in, solver="euler", steps=8):
-    """The ODE dx/dt = v(x, x_lr, t) from t = 0 to 1 in equal steps, in place in channels 0 to 2 of x_in (B, 6, H, W).
+def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3):
+    """The flow from t = 0 to 1, in place in channels 0 to 2 of x_in = concat(x_0, x_lr) (B, 6, H, W).
 
-    Returns (x_1, the number of function evaluations made).
+    solver "euler", or second-order "midpoint", "ralston", "heun", in `steps` equal steps; or the adaptive "rk45"
+    with rtol and atol. Returns (x_1, the number of function evaluations: calls of model).
     """
-    nfe, dt = 0, 1 / steps
+    nfe = 0
 
     def v(t):
         nonlocal nfe
         nfe += 1
-        return model(x_in, torch.full((x_in.shape[0],), t, device=x_in.device))
+        return model(x_in, _times(x_in, t))
 
-    for i in range(steps):
-        v1 = v(i * dt)
-        if solver == "euler":
-            euler_step_(x_in, v1, dt)
-        else:
-            alpha = RK2_NODES[solver]
-            euler_step_(x_in, v1, alpha * dt)
-            rk2_stage_(x_in, v1, v((i + alpha) * dt), dt, alpha)
+    if solver == "rk45":
+        _rk45(v, x_in, rtol, atol)
+    else:
+        alpha, dt = RK2_NODES.get(solver), 1 / steps
+        for i in range(steps):
+            v1 = v(i * dt)
+            if solver == "euler":
+                euler_step_(x_in, v1, dt)
+            else:
+                euler_step_(x_in, v1, alpha * dt)
+                rk2_stage_(x_in, v1, v((i + alpha) * dt), dt, alpha)
     return x_in[:, :3], nfe
+
+
+def _rk45(v, x_in, rtol, atol):
+    """Dormand-Prince with scipy's step control (the batch is one system), so that it takes the steps of scipy's RK45."""
+    def rms(x):
+        return x.double().square().mean().sqrt().item()
+
+    x_t, t = x_in[:, :3].clone(), 0.0
+    k = [v(t)]
+    # The first step (Hairer, Norsett & Wanner, II.4): a short Euler step measures how fast the field turns.
+    scale = atol + rtol * x_t.abs()
+    d0, d1 = rms(x_t / scale), rms(k[0] / scale)
+    h = min(1.0, 1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1)
+    d2 = rms((v_at(v, x_in, k[0], h) - k[0]) / scale) / h
+    h = min(100 * h, max(1e-6, h * 1e-3) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** 0.2, 1.0)
+
+    rejected = False
+    while t < 1:
+        h = min(h, 1 - t)
+        if h < 10 * np.spacing(t):
+            raise ArithmeticError(f"rk45 cannot reach its tolerance at t = {t}: the velocity is not finite, or rtol and atol are too small")
+        for c in DOPRI5_C[1:]:
+            dopri5_stage_(x_in, x_t, k, h)
+            k.append(v(t + c * h))
+        dopri5_stage_(x_in, x_t, k, h)
+        k.append(v(t + h))
+        error = dopri5_error(x_in, x_t, k, h, atol, rtol).item()
+        factor = 10 if error == 0 else 0.9 * error**-0.2
+        if error < 1:
+            t = 1.0 if h == 1 - t else t + h
+            x_t.copy_(x_in[:, :3])
+            k, h, rejected = [k[-1]], h * min(factor, 1 if rejected else 10), False
+        else:  # NaN comes here too, and shrinks the step until the check above stops it
+            k, h, rejected = [k[0]], h * (max(0.2, factor) if factor == factor else 0.2), True
+
+
+def v_at(v, x_in, velocity, h):
+    """v one Euler step of length h further, with x_in left where that step ends."""
+    euler_step_(x_in, velocity, h)
+    return v(h)
+
+
+# --- any size ---
+
+
+def reflect_to(x, height, width):
+    """Pad (B, C, H, W) at the right and the bottom by reflection, as often as it takes, to height x width."""
+    for dim, size in ((2, height), (3, width)):
+        n = x.shape[dim]
+        i = torch.arange(size, device=x.device) % max(1, 2 * n - 2)
+        x = x.index_select(dim, torch.where(i < n, i, 2 * n - 2 - i)) if size > n else x
+    return x
+
+
+def tile_spans(length, tile, overlap):
+    """Starts of tiles of that size that cover `length` evenly, and each tile's weights: a partition of unity.
+
+    Returns [(start, (tile,) float32)]: along the overlaps the weights are ramps, and over all tiles they sum to 1.
+    """
+    if length <= tile:
+        return [(0, torch.ones(length))]
+    count = -(-(length - overlap) // (tile - overlap))
+    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)]
+    ramp = torch.minimum(torch.arange(tile) + 1, tile - torch.arange(tile)).clamp(max=overlap).float()
+    total = torch.zeros(length)
+    for s in starts:
+        total[s : s + tile] += ramp
+    return [(s, ramp / total[s : s + tile]) for s in starts]
+
+
+@torch.no_grad()
+def restore(model, x_lr, sigma_p, seeds, t=0.5, solver=None, steps=8, rtol=1e-3, atol=1e-3, tile=0, tile_pad=32, dtype=torch.float32):
+    """x_lr (B, 3, H, W) in [-1, 1], of any size and on any device, to (x_1 (B, 3, H, W) float32 there, evaluations made).
+
+    solver None: the one-step student at t, Eq. (13). Else `integrate`. The noise of x_0 is drawn for the whole
+    canvas from seeds (B,) int64; each picture is then restored alone, in tiles of side `tile` that overlap by
+    2 tile_pad and blend (0: in one piece), so that the batch does not change a pixel.
+    """
+    B, _, H, W = x_lr.shape
+    device, m = next(model.parameters()).device, model.multiple
+    canvas = [-(-size // m) * m for size in (H, W)]
+    tile = -(-tile // m) * m or max(canvas)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    out, nfe = torch.zeros(B, 3, H, W, device=x_lr.device), 0
+    for b in range(B):
+        x_in = noise_augment(reflect_to(x_lr[b : b + 1], *canvas), sigma_p, seeds[b : b + 1])
+        for y, wy in tile_spans(canvas[0], tile, 2 * tile_pad):
+            for x, wx in tile_spans(canvas[1], tile, 2 * tile_pad):
+                piece = x_in[:, :, y : y + len(wy), x : x + len(wx)].to(device, copy=True)
+                with autocast:
+                    x_1, n = (one_step(model, piece, t), 1) if solver is None else integrate(model, piece, solver, steps, rtol, atol)
+                nfe = max(nfe, n)
+                x_1 = x_1[0].float().to(out.device) * (wy[:, None] * wx).to(out.device)
+                target = out[b, :, y : y + len(wy), x : x + len(wx)]
+                target += x_1[:, : target.shape[1], : target.shape[2]]
+    return out, nfe
+
+
+def auto_tile(height, width):
+    return TILE if height * width > WHOLE else 0
+
+
+# --- from Python ---
+
+
+@functools.lru_cache(maxsize=2)
+def _load(path, device, preset, mtime):  # mtime: a file that has changed is another file
+    net, meta = load_model(path, device, preset)
+    task = data.Task(**meta["task"]) if meta["task"] else None
+    return net, meta["stage"], task
+
+
+def load(ckpt=None, device="auto", preset=None):
+    """The network of a checkpoint (default: the shipped student): (UNet, stage, Task or None). Kept between calls."""
+    path = Path(ckpt or WEIGHTS)
+    return _load(str(path), pick_device(device), preset, path.stat().st_mtime if path.is_file() else None)
+
+
+def upscale(image, t=0.5, seed=0, ckpt=None, device="auto", dtype="auto", tile="auto", **how):
+    """A picture, larger by the scale the network was trained for (4 for the shipped one).
+
+    image: a PIL picture, or uint8 (H, W, 3); t in [0, 1], 0 the most faithful, 1 the most realistic; `how` goes to
+    `restore` (solver, steps, rtol, atol, tile_pad). Returns the same kind as image. Raises InputError.
+    """
+    net, _, task = load(ckpt, device)
+    array = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
+    out = upscale_array(net, task or data.TASKS["photos"], array, [t], seed, pick_dtype(dtype, pick_device(device)), tile, **how)[0][0]
+    return Image.fromarray(out) if isinstance(image, Image.Image) else out
+
+
+def upscale_array(net, task, array, ts, seed, dtype, tile="auto", **how):
+    """uint8 (h, w, 3) restored at each t of ts: [(uint8 (h scale, w scale, 3), evaluations)], all from the same x_0."""
+    y = data.to_float(torch.from_numpy(array)).permute(2, 0, 1)[None]
+    x_lr = data.H_T(y, task.degradation, task.scale)
+    tile = auto_tile(*x_lr.shape[2:]) if tile == "auto" else tile
+    results = []
+    for t in ts:
+        x_1, nfe = restore(net, x_lr, task.sigma_p, torch.tensor([seed]), t, tile=tile, dtype=dtype, **how)
+        results.append((to_uint8(x_1)[0].numpy(), nfe))
+    return results
+
+
+# --- the command line ---
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("inputs", nargs="*", metavar="PICTURE", help="files, folders, patterns")
+    p.add_argument("-i", "--input", nargs="+", default=[], help="the same")
+    p.add_argument("-o", "--output", default="restored", help="folder to write to, or a file when there is one picture (default: restored/)")
+    p.add_argument("-r", "--recursive", action="store_true", help="look into folders below folders, and mirror them")
+    p.add_argument("--t", type=dial, help="0 fidelity to 1 realism, one number or a sweep as 0,0.5,1 (default: 0.5)")
+    p.add_argument("--solver", choices=SOLVERS, help="integrate a stage-1 flow instead (default for a stage-1 checkpoint: midpoint)")
+    p.add_argument("--steps", type=data.in_range(int, 1), default=8, help="steps of the solver")
+    p.add_argument("--rtol", type=data.in_range(float, 1e-6), default=1e-3, help="relative tolerance of rk45")
+    p.add_argument("--atol", type=data.in_range(float, 1e-6), default=1e-3, help="absolute tolerance of rk45")
+    p.add_argument("--ckpt", help="weights: a ckpt.pt, a .safetensors or a published file (default: the shipped student)")
+    p.add_argument("--model", choices=PRESETS, help="network preset, for a published file, which does not say")
+    p.add_argument("--dataset", choices=data.TASKS, help="task, for a file that does not say (default: photos)")
+    p.add_argument("-s", "--outscale", type=data.in_range(float, 0.1, 64), help="final enlargement, by resampling (default: the network's)")
+    p.add_argument("--seed", type=data.in_range(int, 0, 2**63 - 1), default=0, help="of the noise in x_0, the same for every picture")
+    p.add_argument("--tile", type=tile_size, default="auto", help="side of the tiles in output pixels; 0: never tile (default: auto)")
+    p.add_argument("--tile_pad", type=data.in_range(int, 1), default=32, help="half the width over which tiles blend")
+    p.add_argument("--suffix", default="_x4", help="put after each name (default: _x4)")
+    p.add_argument("--ext", choices=("auto", "png", "jpg", "webp"), default="auto", help="format; auto: the input's, png if it is none of these")
+    p.add_argument("--quality", type=data.in_range(int, 1, 100), default=95, help="of jpg and webp")
+    p.add_argument("--skip_existing", action="store_true", help="leave alone what is already written")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
+    args = p.parse_args(argv)
+    args.inputs += args.input
+    if not args.inputs:
+        p.error("name a picture, a folder or a pattern")
+    if args.tile != "auto" and 0 < args.tile <= 2 * args.tile_pad:
+        p.error(f"--tile {args.tile} must be larger than twice --tile_pad ({2 * args.tile_pad})")
+    return args
+
+
+def dial(text):
+    try:
+        ts = [float(x) for x in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or numbers with commas between") from None
+    if not all(0 <= t <= 1 for t in ts):
+        raise argparse.ArgumentTypeError(f"{text}: t goes from 0 (fidelity) to 1 (realism)")
+    return ts
+
+
+def tile_size(text):
+    return "auto" if text == "auto" else data.in_range(int, 0)(text)
+
+
+def find_pictures(inputs, recursive):
+    """[(path, its place below the folder or pattern that named it)], in the order given. Raises InputError."""
+    found = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            files = data.list_images(path) if recursive else [p for p in sorted(path.iterdir()) if p.suffix.lower() in data.EXTENSIONS]
+            if not files:
+                raise InputError(f"no pictures in {path} itself (-r looks into its folders too)")
+            found += [(p, p.relative_to(path)) for p in files]
+        elif path.is_file():
+            found.append((path, Path(path.name)))
+        elif matches := sorted(m for m in glob.glob(name, recursive=True) if Path(m).is_file()):
+            found += [(Path(m), Path(Path(m).name)) for m in matches]
+        else:
+            raise InputError(f"no file, folder or pattern {name}")
+    return found
+
+
+def plan_outputs(pictures, args, ts):
+    """For each picture the paths to write, one for each t. Raises InputError where two pictures, or input and output, would meet."""
+    to_file = Path(args.output).suffix.lower() in data.EXTENSIONS and not Path(args.output).is_dir()
+    if to_file and len(pictures) > 1:
+        raise InputError(f"{len(pictures)} pictures do not fit in one file: -o {args.output} should name a folder")
+    plan, taken = [], {p.resolve(): p for p, _ in pictures}
+    for path, place in pictures:
+        ending = path.suffix.lower() if args.ext == "auto" else f".{args.ext}"
+        ending = ending if ending in (".png", ".jpg", ".jpeg", ".webp") else ".png"
+        base = Path(args.output) if to_file else Path(args.output) / place.with_name(place.stem + args.suffix + ending)
+        outs = [base.with_name(f"{base.stem}_t{t:g}{base.suffix}") for t in ts] if len(ts) > 1 else [base]
+        for out in outs:
+            if (other := taken.setdefault(out.resolve(), path)) is not path or out.resolve() == path.resolve():
+                raise InputError(f"{path} and {other} would meet at {out}: choose another -o, --suffix or --ext")
+        plan.append(outs)
+    return plan
+
+
+def save(path, array, args, note):
+    """Write one result; PNG carries `note` as text under the key oftsr."""
+    if path.suffix == ".png":
+        text = PngImagePlugin.PngInfo()
+        text.add_text("oftsr", json.dumps(note))
+        data.write_image(path, array, pnginfo=text)
+    else:
+        data.write_image(path, array, quality=args.quality)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    net, stage, task = load(args.ckpt, args.device, args.model)
+    task = data.TASKS[args.dataset] if args.dataset else task or data.TASKS["photos"]
+    if stage == "distill" and args.solver:
+        raise InputError("this checkpoint is a one-step student: it takes --t, not --solver")
+    if stage == "flow" and args.t:
+        raise InputError("this checkpoint is a stage-1 flow: it takes --solver and --steps; --t is the dial of a distilled student")
+    solver = args.solver or ("midpoint" if stage == "flow" else None)
+    ts = [0.0] if solver else args.t or [0.5]
+    dtype = pick_dtype(args.dtype, device)
+    how = dict(tile=args.tile, tile_pad=args.tile_pad, solver=solver, steps=args.steps, rtol=args.rtol, atol=args.atol)
+    note = dict(seed=args.seed, weights=Path(args.ckpt or WEIGHTS).name, dtype=str(dtype).removeprefix("torch."), tile=args.tile)
+
+    pictures = find_pictures(args.inputs, args.recursive)
+    plan = list(zip(pictures, plan_outputs(pictures, args, ts), strict=True))
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    done = skipped = 0
+    for (path, _), outs in plan[rank::world]:  # under torchrun the processes share the list
+        todo = [(t, out) for t, out in zip(ts, outs, strict=True) if not (args.skip_existing and out.exists())]
+        try:
+            start = time.time()
+            array = data.read_image(path)
+            results = upscale_array(net, task, array, [t for t, _ in todo], args.seed, dtype, **how)
+            for (t, out), (big, nfe) in zip(todo, results, strict=True):
+                if args.outscale:
+                    size = [round(s * args.outscale) for s in (array.shape[1], array.shape[0])]
+                    big = np.asarray(Image.fromarray(big).resize(size, Image.LANCZOS))
+                save(out, big, args, {**note, **(dict(solver=solver, nfe=nfe) if solver else dict(t=t))})
+                print(f"{path} {array.shape[1]}x{array.shape[0]} -> {out} {big.shape[1]}x{big.shape[0]}, "
+                      f"{f'{solver}, {nfe} evaluations' if solver else f't {t:g}'}, {time.time() - start:.1f} s", flush=True)
+                start = time.time()
+            done += 1
+        except (InputError, OSError) as e:
+            skipped += 1
+            print(f"skipped: {e}", file=sys.stderr)
+    if done + skipped > 1 or skipped:
+        print(f"{done} done, {skipped} skipped", file=sys.stderr if skipped else sys.stdout)
+    return 1 if skipped else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as e:
+        sys.exit(f"sample.py: {e}")

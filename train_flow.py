@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,8 +29,8 @@ from tqdm import tqdm
 import data
 import kernels
 from evaluate import load_lpips, psnr_rgb
-from model import (EMA, InputError, UNet, count_macs, load_checkpoint, load_model, network_config, pick_device, pick_dtype,
-                   save_checkpoint)
+from model import (EMA, PRESETS, InputError, UNet, count_macs, learning_rate, load_checkpoint, load_model, network_config,
+                   pick_device, pick_dtype, save_checkpoint)
 from sample import integrate, one_step
 
 
@@ -68,14 +69,6 @@ def flow_loss(model, x_in, target, t, kind):
     """Eq. (5) of each picture: x_in = concat(x_t, x_lr) (B, 6, H, W), target x_1 - x_0 (B, 3, H, W), t (B,) -> (B,)."""
     error = model(x_in, t).float() - target
     return (error.abs() if kind == "l1" else error.square()).mean(dim=(1, 2, 3))
-
-
-def learning_rate(step, args):
-    """Linear warm-up, then constant, or falling to 0 at max_iters."""
-    if step < args.warmup_iters:
-        return args.learning_rate * (step + 1) / args.warmup_iters
-    done = min(1.0, (step - args.warmup_iters) / max(1, args.max_iters - args.warmup_iters))
-    return args.learning_rate * {"none": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[args.lr_decay]
 
 
 @torch.no_grad()
@@ -117,17 +110,20 @@ def main():
     say = tqdm.write if master else lambda text: None
 
     # --- data ---
-    checkpoint = load_checkpoint(out_dir / "ckpt.pt") if args.init_from == "resume" else None
     train_paths, val_paths = data.find_data(task, args.data_dir)
-    if checkpoint:
-        config = checkpoint["model"]
-    elif args.init_from != "scratch":
-        config = load_model(args.init_from, model=task.model)[1]["model"]
-    else:
-        precond = network_config(task.model, task.condition, task.sigma_p)["precond"] if task.model in ("photos", "tiny") else None
-        config = network_config(task.model, task.condition, task.sigma_p, data.measure_sigma_d(train_paths, task, args.seed) if precond else None)
 
     # --- model ---
+    checkpoint = load_checkpoint(out_dir / "ckpt.pt") if args.init_from == "resume" else None
+    if checkpoint:
+        if changed := [f"{k} {checkpoint['task'][k]}, not {v}" for k, v in asdict(task).items() if checkpoint["task"][k] != v]:
+            raise InputError(f"{out_dir}/ckpt.pt was trained with {'; '.join(changed)}: to resume, give the same")
+        config = checkpoint["model"]
+    elif args.init_from != "scratch":
+        start, meta = load_model(args.init_from, model=task.model)
+        config = meta["model"]
+    else:
+        sigma_d = data.measure_sigma_d(train_paths, task, args.seed) if PRESETS[task.model].get("precond") else None
+        config = network_config(task.model, task.condition, task.sigma_p, sigma_d)
     model = UNet(**config)
     if task.image_size % model.multiple:
         raise InputError(f"--image_size {task.image_size} is not a multiple of {model.multiple}, which the network {task.model!r} needs")
@@ -139,9 +135,9 @@ def main():
     if args.dry_run:
         return
     if args.init_from not in ("scratch", "resume"):
-        model.load_state_dict(load_model(args.init_from, model=task.model)[0].state_dict())
+        model.load_state_dict(start.state_dict())
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=device.type != "mps")
     ema = EMA(model, args.ema)
     step = 0
     if checkpoint:
@@ -171,7 +167,7 @@ def main():
 
     def save(name="ckpt.pt"):
         save_checkpoint(out_dir / name, dict(
-            stage="flow", task=data.task_to_dict(task), model=model.config, step=step, args=vars(args),
+            stage="flow", task=asdict(task), model=model.config, step=step, args=vars(args),
             params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
     stop = 0  # the signal that asked for it
@@ -254,4 +250,4 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as e:
-        sys.exit(f"train_flow.py: {e}")
+        sys.exit(f"train_flow.py: {str(e).splitlines()[-1]}")  # one from a loader's process comes wrapped in its traceback

@@ -1,0 +1,305 @@
+"""Stage 2: distil the flow into one step whose t slides from fidelity to realism (Eq. 9 to 12, Algorithm 1).
+
+With all defaults:          python distill.py --dt 0.05
+On one GPU:                 torchrun distill.py --dataset ffhq --data_dir DIR
+On eight:                   torchrun --nproc_per_node 8 distill.py --dataset ffhq --data_dir DIR
+From a published teacher:   python distill.py --dataset ffhq --teacher FILE --data_dir DIR
+The paper's comparisons:    python distill.py --loss boot --solver euler --lambda_align 0 --lambda_bc 0
+To go on after a stop:      the same command with --init_from resume
+
+The teacher is --teacher, or the newest stage-1 checkpoint of the task under out/, or the shipped one; the task
+(sigma_p and all) is the one it was trained for. Writes ckpt.pt, log.jsonl and pictures of the validation set
+under --out_dir.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import kernels
+from evaluate import load_lpips, psnr_rgb
+from model import (EMA, InputError, UNet, count_macs, learning_rate, load_checkpoint, load_model, pick_device, pick_dtype,
+                   save_checkpoint)
+from sample import RK2_NODES, integrate, mean_slope, one_step
+
+TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    number, whole = data.in_range(float, 0), data.in_range(int, 0)
+    data.add_task_flags(p)
+    p.add_argument("--teacher", help="stage-1 weights (default: the newest of this task under out/, else the shipped ones)")
+    p.add_argument("--loss", dest="objective", choices=("oftsr", "boot", "pinn"), default="oftsr", help="Eq. (9), (16) or (15)")
+    p.add_argument("--dt", type=data.in_range(float, 1e-4, 1), default=0.05, help="time step s - t")
+    p.add_argument("--solver", choices=("euler", *RK2_NODES), default="midpoint", help="of the teacher's step from t to s")
+    p.add_argument("--lambda_align", type=number, default=0.01, help="weight of Eq. (10)")
+    p.add_argument("--lambda_bc", type=number, default=0.1, help="weight of Eq. (11)")
+    p.add_argument("--t_min", type=data.in_range(float, 0, 1), default=0.01, help="t is uniform from here")
+    p.add_argument("--t_max", type=data.in_range(float, 0, 1), default=0.99, help="to here")
+    p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
+    p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill)")
+    p.add_argument("--init_from", default="teacher", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
+    p.add_argument("--seed", type=whole, default=1337, help="fixes order, crops, flips and noise")
+    p.add_argument("--batch_size", type=data.in_range(int, 1), default=32, help="pictures a step and process")
+    p.add_argument("--gradient_accumulation_steps", type=data.in_range(int, 1), default=1, help="batches summed before an update")
+    p.add_argument("--max_iters", type=data.in_range(int, 1), default=20_000, help="updates in all")
+    p.add_argument("--learning_rate", type=number, default=1e-4, help="of Adam, after the warm-up")
+    p.add_argument("--warmup_iters", type=whole, default=1000, help="updates over which the learning rate rises")
+    p.add_argument("--lr_decay", choices=("none", "linear", "cosine"), default="none", help="how it falls to 0 at max_iters")
+    p.add_argument("--grad_clip", type=number, default=1.0, help="largest gradient norm; 0 disables")
+    p.add_argument("--ema", type=data.in_range(float, 0, 1), default=0.9999, help="decay of the weights' moving average")
+    p.add_argument("--eval_interval", type=data.in_range(int, 1), default=1000, help="updates between validations, each of which saves")
+    p.add_argument("--eval_pictures", type=data.in_range(int, 1), default=16, help="validation pictures")
+    p.add_argument("--eval_steps", type=data.in_range(int, 1), default=4, help="midpoint steps of the teacher it is compared with")
+    p.add_argument("--log_interval", type=data.in_range(int, 1), default=50, help="updates between lines of log.jsonl")
+    p.add_argument("--always_save_checkpoint", action="store_true", help="keep ckpt_STEP.pt of every validation beside the newest")
+    p.add_argument("--lpips_backbone", help="file of torchvision's AlexNet weights (default: torchvision's cache)")
+    p.add_argument("--num_workers", type=data.in_range(int, -1), default=-1, help="processes that read pictures; -1: 0 on a CPU, else up to 8")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    p.add_argument("--dry_run", action="store_true", help="print settings, parameters and MACs, and stop")
+    args = p.parse_args()
+    if args.t_min > args.t_max:
+        p.error(f"--t_min {args.t_min} is above --t_max {args.t_max}")
+    return args
+
+
+def distillation_losses(student, teacher, x_in, t, s, solver="midpoint", objective="oftsr"):
+    """Algorithm 1, lines 8 to 11: (3,) = [Eq. (9), or (15) or (16), then Eq. (10), Eq. (11)], means over all elements.
+
+    x_in = concat(x_0, x_lr) (B, 6, H, W); t < s (B,). The student's three evaluations are one batch, so are the teacher's two.
+    """
+    zero = torch.zeros_like(t)
+    v_phi = student(x_in.repeat(3, 1, 1, 1), torch.cat([t, s, zero])).float()  # at t, s and 0, always from x_0
+    v_t, v_s, _ = v_phi.chunk(3)
+    with torch.no_grad():
+        x_t_in = kernels.student_state(x_in, v_t, t)  # Eq. (7)
+        v_theta = teacher(torch.cat([x_t_in, x_in]), torch.cat([t, zero])).float()  # at (x_t, t) and (x_0, 0)
+        v_step = mean_slope(teacher, x_t_in, v_theta[: len(t)], t, s - t, solver).float()
+    losses = kernels.distill_loss(v_phi, v_step, v_theta, t, s)
+    if objective == "oftsr":
+        return losses
+    error = {"boot": boot_error, "pinn": pinn_error}[objective](v_t, v_s, v_step, t, s)
+    return torch.cat([error.square().mean()[None], losses[1:]])
+
+
+def boot_error(v_t, v_s, v_step, t, s):
+    """What Eq. (16) squares. With lambda = 1 - t (1-s) / (s (1-t)), lambda (1-t) = (s-t) / s: it is Eq. (9)'s error over lambda^2."""
+    lam = (1 - t * (1 - s) / (s * (1 - t))).view(-1, 1, 1, 1)
+    return (v_s - kernels.distill_target(v_t, v_step, t, s)) / lam**2
+
+
+def pinn_error(v_t, v_s, v_step, t, s):
+    """What Eq. (15) squares: only the teacher is stopped, the gradient flows through v_phi at both s and t."""
+    s, dt = s.view(-1, 1, 1, 1), (s - t).view(-1, 1, 1, 1)
+    return s / dt * (v_s - v_t) + v_t - v_step.detach()
+
+
+def find_teacher(task_name):
+    """The newest stage-1 checkpoint of that task under out/, else the shipped one for photos. Raises InputError."""
+    for path in sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
+        checkpoint = load_checkpoint(path)
+        if checkpoint["stage"] == "flow" and checkpoint["task"]["name"] == task_name:
+            return path
+    if task_name == "photos" and TEACHER.is_file():
+        return TEACHER
+    raise InputError(f"no teacher for {task_name}: no stage-1 checkpoint of it under out/ (train_flow.py --dataset {task_name} makes one, or name a file with --teacher)")
+
+
+@torch.no_grad()
+def validate(model, teacher, x_1, task, steps, lpips, device, autocast):
+    """The student at t = 0, 1/2 and 1 and the teacher in a few steps, on x_1 (N, 3, S, S) uint8: (dict of means, picture grid (H', W', 3) uint8)."""
+    scores, rows = {}, []
+    for i, picture in enumerate(x_1):
+        truth = data.to_float(picture[None]).to(device)
+        seeds = torch.full((1,), i, device=device)
+        x_lr = data.degrade(truth, task, seeds)
+        x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
+        with autocast():
+            outputs = {f"t{t:g}": one_step(model, x_in, t) for t in (0, 0.5, 1)}
+            outputs["teacher"] = integrate(teacher, x_in.clone(), "midpoint", steps)[0]
+        for name, x in {"lr": x_lr, **outputs}.items():
+            shown = kernels.to_uint8(x)
+            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(shown.permute(0, 3, 1, 2), picture[None].to(device)).item())
+            if lpips:
+                scores.setdefault(f"lpips_{name}", []).append(lpips(data.to_float(shown.permute(0, 3, 1, 2)), truth).item())
+        if i < 4:
+            rows.append(torch.cat([kernels.to_uint8(x)[0] for x in (x_lr, *outputs.values(), truth)], dim=1))
+    return {k: sum(v) / len(v) for k, v in scores.items()}, torch.cat(rows).cpu().numpy()
+
+
+def main():
+    args = parse_args()
+    teacher, meta = load_model(args.teacher or find_teacher(args.dataset), model=args.model or data.TASKS[args.dataset].model)
+    if meta["stage"] == "distill":
+        raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
+    task = data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None)
+    out_dir = Path(args.out_dir or f"out/{task.name}_distill")
+
+    # --- processes and device ---
+    ddp = "RANK" in os.environ
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = pick_device(args.device, local)
+    if ddp:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    master = rank == 0
+    dtype = pick_dtype(args.dtype, device)
+    autocast = (lambda: torch.autocast(device.type, dtype)) if dtype != torch.float32 else nullcontext
+    torch.manual_seed(args.seed)
+    say = tqdm.write if master else lambda text: None
+
+    # --- data ---
+    train_paths, val_paths = data.find_data(task, args.data_dir)
+
+    # --- model ---
+    checkpoint = load_checkpoint(out_dir / "ckpt.pt") if args.init_from == "resume" else None
+    if checkpoint:
+        if changed := [f"{k} {checkpoint['task'][k]}, not {v}" for k, v in asdict(task).items() if checkpoint["task"][k] != v]:
+            raise InputError(f"{out_dir}/ckpt.pt was trained with {'; '.join(changed)}: to resume, give the same")
+    start = teacher if args.init_from in ("teacher", "resume") else load_model(args.init_from, model=task.model)[0]
+    model = UNet(**{**start.config, "one_step": True})
+    model.load_state_dict(start.state_dict())
+    if task.image_size % model.multiple:
+        raise InputError(f"--image_size {task.image_size} is not a multiple of {model.multiple}, which the network {task.model!r} needs")
+    say(f"{task}")
+    say(f"{' '.join(f'{k}={v}' for k, v in vars(args).items() if k not in data.Task.__dataclass_fields__)}")
+    say(f"{len(train_paths)} training and {len(val_paths)} validation pictures; {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{count_macs(model, task.image_size, task.image_size) / 1e9:.2f} GMACs a picture; global batch "
+        f"{args.batch_size * args.gradient_accumulation_steps * world}; {device}, {dtype}, {world} process(es)")
+    if args.dry_run:
+        return
+    teacher.to(device)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=device.type != "mps")
+    ema = EMA(model, args.ema)
+    step = 0
+    if checkpoint:
+        model.load_state_dict(checkpoint["params"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        ema.load_state_dict(checkpoint["ema"])
+        step = checkpoint["step"]
+        say(f"resumed at step {step}")
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    net = torch.compile(model) if args.compile else model
+    net = DistributedDataParallel(net, device_ids=[local] if device.type == "cuda" else None) if ddp else net
+    lpips = load_lpips(args.lpips_backbone, device) if master else None
+    val = data.validation_pictures(val_paths, task, args.eval_pictures) if master else None
+
+    # --- logging, saving, stopping ---
+    log_path, lines = out_dir / "log.jsonl", []
+    if master:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        if checkpoint and log_path.exists():  # what came after the checkpoint will come again
+            lines = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        log_path.write_text("".join(line + "\n" for line in lines))
+
+    def log(entry):
+        with open(log_path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+        say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()))
+
+    def save(name="ckpt.pt"):
+        save_checkpoint(out_dir / name, dict(
+            stage="distill", task=asdict(task), model=model.config, step=step, args=vars(args),
+            params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+
+    stop = 0  # the signal that asked for it
+
+    def ask_to_stop(signum, frame):
+        nonlocal stop
+        stop = signum
+
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, ask_to_stop)
+
+    # --- the loop ---
+    workers = args.num_workers if args.num_workers >= 0 else 0 if device.type == "cpu" else min(8, os.cpu_count() // max(1, world))
+    per_step = args.batch_size * args.gradient_accumulation_steps * world  # pictures
+    batches = data.training_batches(train_paths, task, args.seed, args.batch_size, step * per_step, rank, world, workers)
+    bar = tqdm(total=args.max_iters, initial=step, disable=None if master else True, unit="step")
+    weights = torch.tensor([1.0, args.lambda_align, args.lambda_bc], device=device)  # Eq. (12)
+    sums = torch.zeros(4, device=device)  # the three losses and their count, since the last log line
+    clock, clock_step = time.time(), step
+    while True:
+        if step % args.eval_interval == 0 or step == args.max_iters or stop:
+            if master and not stop and step > 0:
+                scores, grid = validate(ema.copy_to(ema_model), teacher, val, task, args.eval_steps, lpips, device, autocast)
+                log(dict(step=step, **scores))
+                data.write_image(out_dir / f"val_{step:07d}.png", grid)
+            if master and step > 0:
+                save()
+                if args.always_save_checkpoint:
+                    save(f"ckpt_{step:07d}.pt")
+            clock, clock_step = time.time(), step
+        if step >= args.max_iters or stop:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        for micro in range(args.gradient_accumulation_steps):
+            x_1, n = next(batches)
+            x_1, seeds = data.to_float(x_1.to(device, non_blocking=True)), data.image_seeds(args.seed, n).to(device)
+            t = torch.rand(len(n), generator=torch.Generator().manual_seed(int(seeds[0]))).to(device)
+            t = args.t_min + (args.t_max - args.t_min) * t
+            s = (t + args.dt).clamp(max=1)
+            x_in = kernels.noise_augment(data.degrade(x_1, task, seeds), task.sigma_p, seeds)
+            last = micro == args.gradient_accumulation_steps - 1
+            with net.no_sync() if ddp and not last else nullcontext(), autocast():
+                losses = distillation_losses(net, teacher, x_in, t, s, args.solver, args.objective)
+                ((losses * weights).sum() / args.gradient_accumulation_steps).backward()
+            sums[:3] += losses.detach()
+            sums[3] += 1
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(model)
+        step += 1
+        bar.update()
+
+        if ddp:  # all processes stop together, at the same step
+            flag = torch.tensor(stop, device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            stop = int(flag)
+        if step % args.log_interval == 0:
+            if ddp:
+                dist.all_reduce(sums)
+            parts = sums[:3] / sums[3]
+            loss = (parts * weights).sum().item()
+            if not math.isfinite(loss):
+                raise InputError(f"the loss is {loss} at step {step}: lower --learning_rate; the last good checkpoint is in {out_dir}")
+            speed = (step - clock_step) * per_step / (time.time() - clock)
+            if master:
+                distill, align, bc = parts.tolist()
+                log(dict(step=step, loss=loss, distill=distill, align=align, bc=bc, grad_norm=norm.item(),
+                         lr=learning_rate(step - 1, args), images_per_s=round(speed, 1)))
+                bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
+            sums.zero_()
+            clock, clock_step = time.time(), step
+    bar.close()
+    if ddp:
+        dist.destroy_process_group()
+    if stop:
+        say(f"stopped by a signal at step {step}; --init_from resume goes on from there")
+        sys.exit(128 + stop)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"distill.py: {str(e).splitlines()[-1]}")  # one from a loader's process comes wrapped in its traceback
