@@ -1,0 +1,360 @@
+"""evaluate.py: the metrics against closed forms, other implementations and published numbers; the table against its PNGs."""
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+from PIL import Image
+
+import data
+import evaluate
+from model import InputError, UNet, network_config, save_release
+
+ROOT = Path(evaluate.__file__).parent
+GOLDEN = ROOT.parent / "shared" / "golden" / "lpips"
+ALEX = os.environ.get("OFTSR_LPIPS_ALEX", "")
+needs_alex = pytest.mark.skipif(not Path(ALEX).is_file(), reason="OFTSR_LPIPS_ALEX names no file of AlexNet weights")
+
+
+def random_bytes(seed, *shape):
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def smooth(seed, height, width):
+    """A picture with edges and texture, (H, W, 3) uint8."""
+    rng = np.random.default_rng(seed)
+    x = scipy.ndimage.gaussian_filter(rng.standard_normal((height, width, 3)), (2, 2, 0)) + (rng.random(3) > 0.5)
+    return np.uint8(255 * (x - x.min()) / (x.max() - x.min()))
+
+
+def batch(*arrays):
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+
+
+# --- metrics ---
+
+
+def test_psnr_of_a_known_error():
+    a = random_bytes(0, 2, 3, 20, 30) // 2
+    b = a.clone()
+    b[0] += 16  # everywhere: MSE 256
+    b[1, 2, 5, 7] += 100  # once: MSE 10,000 / 1,800
+    torch.testing.assert_close(evaluate.psnr_rgb(a, b), torch.tensor([20 * math.log10(255 / 16), 10 * math.log10(255**2 * 1800 / 1e4)], dtype=torch.float64))
+    assert evaluate.psnr_rgb(a, a).tolist() == [math.inf, math.inf]
+    assert evaluate.psnr_y(a, a, 4).tolist() == [math.inf, math.inf]
+
+
+def test_luma_has_the_limited_range():
+    colours = torch.tensor([[0, 0, 0], [255, 255, 255], [255, 0, 0]], dtype=torch.uint8).view(3, 3, 1, 1)
+    torch.testing.assert_close(evaluate.luma(colours).flatten(), torch.tensor([16, 235, 81.481], dtype=torch.float64))
+
+
+def test_full_range_luma_reads_1_3219_dB_lower():
+    a, b = random_bytes(1, 1, 3, 24, 24), random_bytes(2, 1, 3, 24, 24)
+    full = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)
+    mse = ((a.double() - b.double()) * full).sum(dim=1).square().mean()
+    assert evaluate.psnr_y(a, b, 0).item() - 10 * math.log10(255**2 / mse) == pytest.approx(1.3219, abs=1e-4)
+
+
+def test_luma_metrics_do_not_see_the_cropped_border():
+    a = batch(smooth(3, 40, 48))
+    b = a.clone()
+    b[..., :4] ^= 255
+    b[..., -4:, :] ^= 255
+    assert evaluate.psnr_y(a, b, 4).item() == math.inf and evaluate.ssim_y(a, b, 4).item() == 1
+    assert evaluate.psnr_y(a, b, 3).item() < 30 and evaluate.ssim_y(a, b, 3).item() < 0.9999
+
+
+def ssim_by_windows(a, b):
+    """SSIM of two (H, W) float64, window by window, weights and all, as the paper defines it."""
+    g = np.exp(-((np.arange(11) - 5)[:, None] ** 2 + (np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    g /= g.sum()
+    values = []
+    for y in range(a.shape[0] - 10):
+        for x in range(a.shape[1] - 10):
+            p, q = a[y : y + 11, x : x + 11], b[y : y + 11, x : x + 11]
+            mp, mq = (g * p).sum(), (g * q).sum()
+            vp, vq, cov = (g * (p - mp) ** 2).sum(), (g * (q - mq) ** 2).sum(), (g * (p - mp) * (q - mq)).sum()
+            c1, c2 = 2.55**2, 7.65**2
+            values.append((2 * mp * mq + c1) * (2 * cov + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("crop", (0, 4))
+def test_ssim_is_that_of_its_definition(crop):
+    a = [smooth(seed, 33, 41) for seed in (4, 5)]
+    b = [np.uint8(np.clip(x + np.random.default_rng(6).normal(0, s, x.shape), 0, 255)) for x, s in zip(a, (5, 40))]
+    ours = evaluate.ssim_y(batch(*a), batch(*b), crop)
+    for i in range(2):
+        p, q = ((65.481 * x[..., 0] + 128.553 * x[..., 1] + 24.966 * x[..., 2]) / 255 + 16 for x in (a[i].astype(float), b[i].astype(float)))
+        inside = slice(crop, -crop or None)
+        assert ours[i].item() == pytest.approx(ssim_by_windows(p[inside, inside], q[inside, inside]), abs=1e-9)
+    assert 0.1 < ours[1] < ours[0] < 0.999
+
+
+def test_ssim_of_a_picture_with_itself_is_1_and_too_small_a_one_is_refused():
+    a = batch(smooth(7, 19, 30))
+    assert evaluate.ssim_y(a, a, 4).item() == pytest.approx(1, abs=1e-12)
+    with pytest.raises(ValueError, match="smaller than SSIM's 11 x 11"):
+        evaluate.ssim_y(a, a, 5)
+
+
+# --- LPIPS ---
+
+
+@needs_alex
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no published example pair in {GOLDEN}")
+def test_lpips_gives_the_published_distances():
+    lpips = evaluate.load_lpips()
+    ref, p0, p1 = (data.to_float(batch(data.read_image(GOLDEN / f"ex_{name}.png"))) for name in ("ref", "p0", "p1"))
+    assert lpips(torch.cat([ref, ref]), torch.cat([p0, p1])).tolist() == pytest.approx([0.7219, 0.1376], abs=1e-3)
+    assert lpips(ref, ref).item() == 0
+
+
+def test_without_alexnet_one_line_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("OFTSR_LPIPS_ALEX", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert evaluate.load_lpips() is None
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content, words", ((None, "no AlexNet weights at"), (b"not weights", "does not hold"), ({"features.0.weight": torch.ones(1)}, "does not hold")))
+def test_a_wrong_alexnet_is_named(tmp_path, content, words):
+    file = tmp_path / "alex.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content:
+        torch.save(content, file)
+    with pytest.raises(InputError, match=words) as e:
+        evaluate.load_lpips(file)
+    assert str(file) in str(e.value)
+
+
+# --- pairs ---
+
+
+def write(folder, **pictures):
+    for name, x in pictures.items():
+        data.write_image(folder / name.replace("__", "/").replace("_png", ".png").replace("_bmp", ".bmp"), x)
+    return folder
+
+
+def run(monkeypatch, *argv):
+    """evaluate.main without LPIPS, whatever this machine has."""
+    monkeypatch.setattr(evaluate, "load_lpips", lambda *a: None)
+    evaluate.main([str(a) for a in argv])
+
+
+def test_pairs_are_by_stem_and_the_mean_is_over_them(tmp_path, monkeypatch, capsys):
+    x, y = smooth(8, 40, 40) // 2, smooth(9, 48, 40) // 2
+    hr = write(tmp_path / "hr", a_png=x, sub__b_png=y)
+    restored = write(tmp_path / "restored", sub__b_bmp=y + 8, a_png=x + 2)
+    run(monkeypatch, "--pairs", restored, hr, "--json", tmp_path / "scores.json")
+    (row,) = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert row["psnr_rgb"] == pytest.approx((20 * math.log10(255 / 2) + 20 * math.log10(255 / 8)) / 2)
+    assert row["psnr_y"] == pytest.approx(row["psnr_rgb"] + 20 * math.log10(255 / 219))  # a gray error in limited range
+    assert row["pictures"] == 2 and row["psnr_rgb_std"] is None
+    assert f"{row['psnr_rgb']:.3f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("restored, hr, named", (
+    (dict(a_png=0), dict(a_png=0, b_png=1), "b.png"),
+    (dict(a_png=0, b_png=1), dict(a_png=0), "b.png"),
+    (dict(a_png=0, sub__b_png=1), dict(a_png=0, other__b_png=1), "b.png"),
+    (dict(a_png=0, a_bmp=0), dict(a_png=0), "differ only in their ending"),
+    (dict(a_png=0), dict(a_png=1), "40 x 40"),
+    (dict(a_png=2), dict(a_png=2), "24 x 24"),
+    (dict(a_png=0), dict(), "no folder"),
+))
+def test_pictures_that_do_not_pair_are_named(tmp_path, monkeypatch, restored, hr, named):
+    shapes = (smooth(0, 40, 40), smooth(1, 40, 44), smooth(2, 24, 24))
+    for folder, files in (("restored", restored), ("hr", hr)):
+        write(tmp_path / folder, **{name: shapes[i] for name, i in files.items()})
+    with pytest.raises(InputError, match=named) as e:
+        run(monkeypatch, "--pairs", tmp_path / "restored", tmp_path / "hr", "--json", tmp_path / "scores.json")
+    assert "\n" not in str(e.value) and not (tmp_path / "scores.json").exists()
+
+
+# --- the table ---
+
+
+TASK = data.Task("photos", sigma_p=0.1, crop="random", image_size=32, model="tiny")
+
+
+def save_network(path, stage, task=TASK):
+    torch.manual_seed(len(stage))
+    net = UNet(**network_config("tiny", sigma_p=task.sigma_p, sigma_d=0.1), one_step=stage == "distill")
+    with torch.no_grad():
+        for p in net.parameters():  # a new network's last layer is zero: nothing would depend on t
+            p += 0.05 * torch.randn_like(p)
+    save_release(path, net, dict(stage=stage, task=asdict(task), step=7))
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A student, a flow, and photographs of odd sizes of which two are for validation."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    save_network(folder / "student.safetensors", "distill")
+    save_network(folder / "flow.safetensors", "flow")
+    write(folder / "photos", val__a_png=smooth(1, 43, 50), val__deep__b_png=smooth(2, 48, 37), c_png=smooth(3, 60, 60))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(files):
+    """One run of everything, and what it left: (rows by name, protocol, out_dir, the terminal)."""
+    out = files / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", ROOT / "evaluate.py", "--ckpt", files / "student.safetensors",
+         files / "flow.safetensors", "--data_dir", files / "photos", "--out_dir", out, "--seeds", "2", "--json", files / "scores.json",
+         "--t", "0,1", "--solver", "midpoint,rk45", "--dtype", "float32", "--device", "cpu"],
+        cwd=files, capture_output=True, text=True, timeout=300, env={**os.environ, "TORCH_HOME": str(files), "OFTSR_LPIPS_ALEX": ""})
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((files / "scores.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+    return {row["name"]: row for row in scores["rows"]}, scores["protocol"], out, done.stdout
+
+
+def test_every_row_is_there_with_the_evaluations_counted(table):
+    rows, protocol, _, text = table
+    nfe = {name: row["nfe"] for name, row in rows.items()}
+    assert nfe.pop("flow_rk45") >= 8
+    assert nfe == {"bicubic": 0, "student_t0": 1, "student_t1": 1, "flow_euler1": 1,
+                   "flow_midpoint1": 2, "flow_midpoint2": 4, "flow_midpoint4": 8, "flow_midpoint8": 16}
+    lines = [line.split()[0] for line in text.splitlines() if line and "±" in line or line.startswith("bicubic")]
+    assert lines == list(rows)
+    assert "lpips" not in text and "2 validation pictures of" in text and protocol["networks"][0]["sha256"] in text
+
+
+def test_the_numbers_are_those_of_the_saved_pictures(table, files):
+    rows, _, out, _ = table
+    truths = {"val/a": (slice(40), slice(48)), "val/deep/b": (slice(48), slice(36))}  # right and bottom cut to multiples of 4
+    for row in rows.values():
+        means = []
+        for seed in row["seeds"]:
+            values = []
+            for stem, cut in truths.items():
+                truth = np.asarray(Image.open(files / "photos" / f"{stem}.png"))[cut].astype(float)
+                restored = np.asarray(Image.open(out / row["name"] / f"seed{seed}" / f"{stem}.png")).astype(float)
+                values.append(10 * np.log10(255**2 / np.mean((truth - restored) ** 2)))
+            means.append(np.mean(values))
+        assert row["psnr_rgb"] == pytest.approx(np.mean(means), abs=1e-9)
+        if row["name"] == "bicubic":
+            assert row["seeds"] == [0] and row["psnr_rgb_std"] is None
+        else:
+            assert row["psnr_rgb_std"] == pytest.approx(np.std(means, ddof=1), abs=1e-9) and row["psnr_rgb_std"] > 0
+            assert row["seconds"] is None or 0 < row["seconds"] < 60
+
+
+def test_bicubic_is_down_and_up_again(table, files):
+    x = data.to_float(batch(data.read_image(files / "photos/val/a.png")[:40, :48]))
+    y = torch.nn.functional.interpolate(torch.nn.functional.interpolate(x, (10, 12), mode="bicubic", antialias=True), (40, 48), mode="bicubic", antialias=True)
+    expected = (y[0].clamp(-1, 1) * 127.5 + 127.5).round().permute(1, 2, 0).numpy()
+    assert np.abs(data.read_image(table[2] / "bicubic/seed0/val/a.png") - expected).max() <= 1  # a value halfway may round either way
+
+
+def test_noise_and_pixels_do_not_depend_on_the_other_pictures_nor_on_processes(table, files, tmp_path, monkeypatch):
+    write(tmp_path / "photos", a_png=smooth(1, 43, 50), aa_png=smooth(4, 40, 40))
+    run(monkeypatch, "--ckpt", files / "student.safetensors", "--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out",
+        "--t", "1", "--seeds", "2", "--dtype", "float32", "--device", "cpu")
+    for seed in (0, 1):
+        there, here = (data.read_image(folder / f"student_t1/seed{seed}" / name) for folder, name in ((table[2], "val/a.png"), (tmp_path / "out", "a.png")))
+        assert np.abs(there.astype(int) - here).max() <= 1  # convolutions on more threads may sum in another order
+    assert (there != data.read_image(tmp_path / "out/student_t1/seed0/a.png")).mean() > 0.1
+
+
+def test_noisy_task_gives_bicubic_a_spread_and_a_picture_without_error_is_infinite(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "flat", a_png=np.full((40, 40, 3), 128, np.uint8))
+    common = ("--data_dir", tmp_path / "flat", "--out_dir", tmp_path / "out", "--crop", "random", "--json", tmp_path / "scores.json")
+    monkeypatch.setattr(evaluate, "SHIPPED", ())
+    run(monkeypatch, "--dataset", "ffhq_noisy", *common)
+    (row,) = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert row["seeds"] == [0, 1, 2] and row["psnr_rgb_std"] > 0
+    assert 28 < row["psnr_rgb"] < 40  # noise of .05 in [-1, 1] is 6.4 in bytes, 32 dB, and bicubic softens it a little
+    run(monkeypatch, "--dataset", "photos", *common)
+    (row,) = json.loads((tmp_path / "scores.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))["rows"]
+    assert row["psnr_rgb"] == "inf" and row["ssim_y"] == pytest.approx(1)
+    assert " inf " in capsys.readouterr().out
+
+
+def test_bicubic_of_a_pooled_picture_starts_from_its_pixels():
+    x = data.to_float(batch(smooth(10, 40, 48)))
+    task = data.TASKS["ffhq_noisy"]
+    low = torch.nn.functional.avg_pool2d(x, 4)
+    x_lr = low.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(evaluate.bicubic(x_lr, task), torch.nn.functional.interpolate(low, (40, 48), mode="bicubic", antialias=True), atol=1e-5, rtol=0)
+
+
+def test_a_missing_result_is_never_averaged_over():
+    record = dict(seed=0, nfe=1, seconds=None, psnr_rgb=30.0)
+    with pytest.raises(RuntimeError, match="3 results"):
+        evaluate.summarise([record, record, {**record, "seed": 1}], [0, 1], 2)
+
+
+def test_plot_labels_t_and_evaluations(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib")
+    point = dict(t=None, nfe=1, psnr_rgb=25.0, lpips=0.4)
+    rows = [{**point, "name": "bicubic", "curve": None}, *({**point, "name": "s", "curve": "student", "t": t, "lpips": 0.4 - t / 10} for t in (0, 0.5)),
+            {**point, "name": "f", "curve": "flow", "nfe": 16}]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        evaluate.plot(tmp_path / "plot.svg", rows)
+    text = (tmp_path / "plot.svg").read_text()
+    for label in ("t 0<", "t 0.5<", "16 NFE<", "bicubic<", "student<", "flow<"):
+        assert label in text
+
+
+# --- what is wrong is said in one line, before any work ---
+
+
+@pytest.mark.parametrize("flags, words", (
+    (("--ckpt", "flow.safetensors", "--t", "0.5"), "--t is the dial"),
+    (("--ckpt", "student.safetensors", "--steps", "4"), "--solver and --steps are for"),
+    (("--ckpt", "nothing.pt"), "at nothing.pt"),
+    (("--ckpt", "student.safetensors", "student.safetensors"), "both be called student"),
+    (("--ckpt", "student.safetensors", "x8.safetensors"), "scale 4 and 8"),
+    (("--ckpt", "unknown.safetensors"), "--dataset"),
+    (("--ckpt", "student.safetensors", "--data_dir", "nowhere"), "no folder nowhere"),
+    (("--ckpt", "student.safetensors", "--data_dir", "small"), "small/a.png is 20 x 20"),
+    (("--ckpt", "student.safetensors", "--data_dir", "broken"), "broken/b.png cannot be read"),
+    (("--ckpt", "student.safetensors", "--out_dir", "photos"), "--out_dir photos"),
+    (("--ckpt", "student.safetensors", "--tile", "64"), "twice --tile_pad"),
+    (("--plot", "plot.gif"), ".png, .pdf or .svg"),
+    (("--pairs", "photos", "photos", "--plot", "plot.png"), "without --plot"),
+    (("--json", "photos"), "is a folder"),
+))
+def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, monkeypatch, flags, words):
+    for name in ("student.safetensors", "flow.safetensors", "photos"):
+        (tmp_path / name).symlink_to(files / name)
+    if "x8.safetensors" in flags:
+        save_network(tmp_path / "x8.safetensors", "flow", data.Task("photos", scale=8, crop="random"))
+    if "unknown.safetensors" in flags:
+        save_release(tmp_path / "unknown.safetensors", UNet(**network_config("tiny", sigma_p=0.1, sigma_d=0.1)), dict(stage="flow", task=None))
+    write(tmp_path / "small", a_png=smooth(0, 20, 20))
+    write(tmp_path / "broken", a_png=smooth(0, 40, 40), b_png=smooth(0, 40, 40))
+    (tmp_path / "broken/b.png").write_bytes((tmp_path / "broken/b.png").read_bytes()[:500])
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=words) as e:
+        run(monkeypatch, *(() if "--data_dir" in flags or "--pairs" in flags else ("--data_dir", "photos")), *flags)
+    assert "\n" not in str(e.value) and sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flags, words", ((("--solver", "midpoint,rk4"), "no solver 'rk4'"), (("--steps", "1,0"), "out of range"), (("--t", "1.5"), "t goes from 0"),
+                                          (("--seeds", "0"), "out of range"), (("--see", "2"), "unrecognized")))
+def test_a_bad_flag_is_refused_by_name(flags, words, capsys):
+    with pytest.raises(SystemExit) as e:
+        evaluate.main(list(flags))
+    assert e.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_the_command_ends_with_its_own_name_and_an_error_code(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", "--data_dir", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "evaluate.py: no folder nowhere"
