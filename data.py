@@ -149,15 +149,14 @@ def find_data(task, data_dir=None):
     photographs in assets/. Validation files are those in a subfolder val/; else those that the task's list
     names; else one in twenty, by name. Raises InputError if nothing is there.
     """
-    if data_dir is None:
-        data_dir = Path("data") / task.name
-        if task.name == "photos" and not data_dir.is_dir():
-            data_dir = ASSETS
-            if os.environ.get("RANK", "0") == "0":
-                print(f"no folder data/photos: training on the {len(list_images(ASSETS))} photographs in assets/, "
-                      "enough to see it run and far too few to learn from (--data_dir names a folder of yours)", file=sys.stderr)
-    data_dir = Path(data_dir)
-    paths = list_images(data_dir)
+    data_dir = Path(data_dir or Path("data") / task.name)
+    if data_dir == Path("data/photos") and not data_dir.is_dir():
+        data_dir, paths = ASSETS, sorted(ASSETS.glob("*.png"))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"no folder data/photos: using the {len(paths)} photographs in assets/, enough to see it run "
+                  "and far too few to learn from (--data_dir names a folder of yours)", file=sys.stderr)
+    else:
+        paths = list_images(data_dir)
     names = set((ASSETS / task.val_list).read_text().split()) if task.val_list else set()
     val = [p for p in paths if (data_dir / "val") in p.parents] or [p for p in paths if p.name in names] or paths[::20]
     held_out = set(val)
@@ -260,6 +259,16 @@ def validation_pictures(paths, task, count):
 def image_seeds(seed, numbers):
     """The noise streams of pictures `numbers` (B,) int64 in a run of that seed: (B,) int64, one each."""
     return (numbers % 2**32) + (seed % 2**31) * 2**32
+
+
+def uniform_times(seed, numbers):
+    """t of Eq. (5) and (9) for pictures `numbers` (B,) int64: (B,) float32, uniform in [0, 1).
+
+    The additive recurrence of the golden ratio: every stretch of pictures covers [0, 1) evenly, which
+    independent draws do not, and a picture's t depends on nothing but its number.
+    """
+    offset = np.random.default_rng(seed).random()
+    return ((numbers.double() * ((5**0.5 - 1) / 2) + offset) % 1).float().clamp(max=1 - 2**-24)
 
 
 # --- degradations ---

@@ -38,7 +38,7 @@ from sample import RK2_NODES, integrate, mean_slope, one_step
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 
 
-def parse_args():
+def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     number, whole = data.in_range(float, 0), data.in_range(int, 0)
     data.add_task_flags(p)
@@ -73,7 +73,7 @@ def parse_args():
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.add_argument("--dry_run", action="store_true", help="print settings, parameters and MACs, and stop")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if args.t_min > args.t_max:
         p.error(f"--t_min {args.t_min} is above --t_max {args.t_max}")
     return args
@@ -143,8 +143,8 @@ def validate(model, teacher, x_1, task, steps, lpips, device, autocast):
     return {k: sum(v) / len(v) for k, v in scores.items()}, torch.cat(rows).cpu().numpy()
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     teacher, meta = load_model(args.teacher or find_teacher(args.dataset), model=args.model or data.TASKS[args.dataset].model)
     if meta["stage"] == "distill":
         raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
@@ -234,18 +234,18 @@ def main():
     bar = tqdm(total=args.max_iters, initial=step, disable=None if master else True, unit="step")
     weights = torch.tensor([1.0, args.lambda_align, args.lambda_bc], device=device)  # Eq. (12)
     sums = torch.zeros(4, device=device)  # the three losses and their count, since the last log line
-    clock, clock_step = time.time(), step
+    clock, clock_step, saved = time.time(), step, step  # saved: the step that ckpt.pt holds
     while True:
-        if step % args.eval_interval == 0 or step == args.max_iters or stop:
-            if master and not stop and step > 0:
+        if step > saved and (step % args.eval_interval == 0 or step >= args.max_iters or stop):
+            if master and not stop:
                 scores, grid = validate(ema.copy_to(ema_model), teacher, val, task, args.eval_steps, lpips, device, autocast)
                 log(dict(step=step, **scores))
                 data.write_image(out_dir / f"val_{step:07d}.png", grid)
-            if master and step > 0:
+            if master:
                 save()
                 if args.always_save_checkpoint:
                     save(f"ckpt_{step:07d}.pt")
-            clock, clock_step = time.time(), step
+            clock, clock_step, saved = time.time(), step, step
         if step >= args.max_iters or stop:
             break
 
@@ -253,8 +253,8 @@ def main():
             group["lr"] = learning_rate(step, args)
         for micro in range(args.gradient_accumulation_steps):
             x_1, n = next(batches)
-            x_1, seeds = data.to_float(x_1.to(device, non_blocking=True)), data.image_seeds(args.seed, n).to(device)
-            t = torch.rand(len(n), generator=torch.Generator().manual_seed(int(seeds[0]))).to(device)
+            x_1 = data.to_float(x_1.to(device, non_blocking=True))
+            seeds, t = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
             t = args.t_min + (args.t_max - args.t_min) * t
             s = (t + args.dt).clamp(max=1)
             x_in = kernels.noise_augment(data.degrade(x_1, task, seeds), task.sigma_p, seeds)

@@ -13,7 +13,6 @@ Legend: x_1 HR image (t = 1), x_lr = H^T(H(x_1) + n), x_0 = noised x_lr (t = 0),
 import json
 import math
 import os
-import struct
 from pathlib import Path
 
 import torch
@@ -311,10 +310,14 @@ def save_checkpoint(path, checkpoint):
     atomic_write(path, lambda tmp: torch.save(checkpoint, tmp))
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
+    """What save_checkpoint wrote, on the CPU. Raises InputError if there is no such file or it is not one."""
     if not Path(path).is_file():
         raise InputError(f"no checkpoint at {path}")
-    return torch.load(path, map_location=device, weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # the unpickler raises whatever the bytes lead it to
+        raise InputError(f"{path} is broken or not a checkpoint ({type(e).__name__})") from e
 
 
 def save_release(path, model, meta):
@@ -325,12 +328,16 @@ def save_release(path, model, meta):
     atomic_write(path, lambda tmp: save_file(tensors, tmp, metadata=header))
 
 
-def read_meta(path):
-    """The metadata of a release file, without its tensors."""
-    with open(path, "rb") as f:
-        size = f.read(8)
-        header = json.loads(f.read(struct.unpack("<Q", size)[0])) if len(size) == 8 else {}
-    return json.loads(header.get("__metadata__", {}).get("oftsr", "null"))
+def _read_release(path):
+    """The metadata (a dict, or None) and the tensors of a .safetensors file."""
+    from safetensors import SafetensorError, safe_open
+    if not Path(path).is_file():
+        raise InputError(f"no weights at {path}")
+    try:
+        with safe_open(path, framework="pt") as f:
+            return json.loads((f.metadata() or {}).get("oftsr", "null")), {name: f.get_tensor(name) for name in f.keys()}
+    except SafetensorError as e:
+        raise InputError(f"{path} is broken or not a .safetensors file ({e})") from e
 
 
 def load_model(path, device="cpu", model=None):
@@ -341,19 +348,14 @@ def load_model(path, device="cpu", model=None):
     least "stage" ("flow" or "distill", None if the file does not say) and "task" (a dict, or None).
     Raises InputError when there is no such file, or it is none of these, or does not fit.
     """
-    if not Path(path).is_file():
-        raise InputError(f"no weights at {path}")
-    try:
-        if str(path).endswith(".safetensors"):
-            from safetensors.torch import load_file
-            meta = read_meta(path)
-            state = load_file(path)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model")}
-            state = checkpoint["ema"]["shadow_params"]
-    except Exception as e:  # each format's library raises its own kind
-        raise InputError(f"{path} is not a file of weights that this program knows: {type(e).__name__}: {e}") from e
+    if str(path).endswith(".safetensors"):
+        meta, state = _read_release(path)
+    else:
+        checkpoint = load_checkpoint(path)
+        if not isinstance(checkpoint, dict) or "ema" not in checkpoint:
+            raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
+        meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model")}
+        state = checkpoint["ema"]["shadow_params"]
     if not meta or not meta.get("model"):
         if model is None:
             raise InputError(f"{path} does not say which network it holds: name it with --model {{{','.join(PRESETS)}}}")

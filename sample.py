@@ -163,7 +163,7 @@ def restore(model, x_lr, sigma_p, seeds, t=0.5, solver=None, steps=8, rtol=1e-3,
     """
     B, _, H, W = x_lr.shape
     device, m = next(model.parameters()).device, model.multiple
-    canvas = [-(-size // m) * m for size in (H, W)]
+    canvas = [-(-max(size, 64) // m) * m for size in (H, W)]  # group norm wants something to average over
     tile = -(-tile // m) * m or max(canvas)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     out, nfe = torch.zeros(B, 3, H, W, device=x_lr.device), 0

@@ -34,7 +34,7 @@ from model import (EMA, PRESETS, InputError, UNet, count_macs, learning_rate, lo
 from sample import integrate, one_step
 
 
-def parse_args():
+def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     number, whole = data.in_range(float, 0), data.in_range(int, 0)
     data.add_task_flags(p)
@@ -62,7 +62,7 @@ def parse_args():
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
     p.add_argument("--dry_run", action="store_true", help="print settings, parameters and MACs, and stop")
-    return p.parse_args()
+    return p.parse_args(argv)
 
 
 def flow_loss(model, x_in, target, t, kind):
@@ -92,8 +92,8 @@ def validate(model, x_1, task, steps, lpips, device, autocast):
     return {k: sum(v) / len(v) for k, v in scores.items()}, torch.cat(rows).cpu().numpy()
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     task = data.resolve_task(args)
     out_dir = Path(args.out_dir or f"out/{task.name}_flow")
 
@@ -185,18 +185,18 @@ def main():
     batches = data.training_batches(train_paths, task, args.seed, args.batch_size, step * per_step, rank, world, workers)
     bar = tqdm(total=args.max_iters, initial=step, disable=None if master else True, unit="step")
     sums = torch.zeros(2, 10, device=device)  # loss and count by tenth of t, since the last log line
-    clock, clock_step = time.time(), step
+    clock, clock_step, saved = time.time(), step, step  # saved: the step that ckpt.pt holds
     while True:
-        if step % args.eval_interval == 0 or step == args.max_iters or stop:
-            if master and not stop and step > 0:
+        if step > saved and (step % args.eval_interval == 0 or step >= args.max_iters or stop):
+            if master and not stop:
                 scores, grid = validate(ema.copy_to(ema_model), val, task, args.eval_steps, lpips, device, autocast)
                 log(dict(step=step, **scores))
                 data.write_image(out_dir / f"val_{step:07d}.png", grid)
-            if master and step > 0:
+            if master:
                 save()
                 if args.always_save_checkpoint:
                     save(f"ckpt_{step:07d}.pt")
-            clock, clock_step = time.time(), step
+            clock, clock_step, saved = time.time(), step, step
         if step >= args.max_iters or stop:
             break
 
@@ -204,8 +204,8 @@ def main():
             group["lr"] = learning_rate(step, args)
         for micro in range(args.gradient_accumulation_steps):
             x_1, n = next(batches)
-            x_1, seeds = data.to_float(x_1.to(device, non_blocking=True)), data.image_seeds(args.seed, n).to(device)
-            t = torch.rand(len(n), generator=torch.Generator().manual_seed(int(seeds[0]))).to(device)
+            x_1 = data.to_float(x_1.to(device, non_blocking=True))
+            seeds, t = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
             x_in, target = kernels.flow_training_pair(x_1, data.degrade(x_1, task, seeds), t, task.sigma_p, seeds)
             last = micro == args.gradient_accumulation_steps - 1
             with net.no_sync() if ddp and not last else nullcontext(), autocast():

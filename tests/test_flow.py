@@ -1,0 +1,227 @@
+"""The mathematics: closed forms of the solvers, the losses of both stages, tiles, and restoring any size."""
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import RK45
+
+import data
+import kernels
+import sample
+from distill import distillation_losses
+from sample import SOLVERS, integrate, mean_slope, one_step, reflect_to, restore, tile_spans
+from test_model import tiny
+from train_flow import flow_loss
+
+
+def buffer(B=2, S=8, seed=0):
+    return torch.randn(B, 6, S, S, generator=torch.Generator().manual_seed(seed))
+
+
+def fixed_field(of_t):
+    """A velocity that depends on t alone."""
+    return lambda x_in, t: torch.ones_like(x_in[:, :3]) * of_t(t.view(-1, 1, 1, 1))
+
+
+# --- solvers ---
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_constant_velocity_is_exact(solver, steps):
+    x_in, v = buffer(), buffer(seed=1)[:, :3]
+    x_1, nfe = integrate(lambda x, t: v, x_in.clone(), solver, steps)
+    assert torch.allclose(x_1, x_in[:, :3] + v, atol=2e-6)  # the sum of at most 16 roundings
+    if solver != "rk45":
+        assert nfe == steps * (1 if solver == "euler" else 2)
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("ralston", 2), ("midpoint", 2)])
+def test_order_on_v_equals_3_t_squared(solver, order):
+    """v = 3 t^2 integrates to 1; halving the step divides the error by 2^order."""
+    def error(steps):
+        x_1, _ = integrate(fixed_field(lambda t: 3 * t**2), torch.zeros(1, 6, 4, 4), solver, steps)
+        return abs(x_1[0, 0, 0, 0].item() - 1)
+    ratio = error(8) / max(error(16), 1e-9)
+    if solver == "ralston":  # for a pure quadrature its leading error term vanishes: 1/4 f(0) + 3/4 f(2/3) is exact for t^2
+        assert error(8) < 1e-6
+    else:
+        assert ratio == pytest.approx(2**order, rel=0.1)
+
+
+def test_rk45_on_v_equals_3_t_squared():
+    x_1, nfe = integrate(fixed_field(lambda t: 3 * t**2), torch.zeros(1, 6, 4, 4), "rk45")
+    assert torch.allclose(x_1, torch.ones_like(x_1), atol=1e-5) and nfe > 7
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
+def test_rk45_takes_scipys_steps(tolerance):
+    """A turning, stiffening field: the same evaluations at the same times as scipy's RK45, the same end."""
+    x_in, times, reference_times = buffer(1, 4), [], []
+    angle = torch.linspace(1, 12, 48).view(1, 3, 4, 4)
+
+    def field(x, t):
+        times.append(t[0].item())
+        return torch.sin(angle * t.view(-1, 1, 1, 1)) * 3 - x[:, :3] * (1 + 5 * t.view(-1, 1, 1, 1))
+
+    def reference_field(t, y):
+        reference_times.append(t)
+        return (np.sin(angle.double().numpy().ravel() * t) * 3 - y * (1 + 5 * t))
+
+    reference = RK45(reference_field, 0, x_in[:, :3].double().numpy().ravel(), 1, rtol=tolerance, atol=tolerance)
+    while reference.status == "running":
+        reference.step()
+    x_1, nfe = integrate(field, x_in, "rk45", rtol=tolerance, atol=tolerance)
+    assert nfe == len(times) == len(reference_times)
+    assert np.allclose(times, reference_times, atol=1e-3)
+    assert np.allclose(x_1.numpy().ravel(), reference.y, atol=1e-4)
+
+
+def test_rk45_says_when_the_velocity_is_not_finite():
+    with pytest.raises(ArithmeticError, match="not finite"):
+        integrate(lambda x, t: torch.full_like(x[:, :3], float("nan")), buffer(), "rk45")
+
+
+def test_one_euler_step_is_the_one_step_path():
+    model, x_in = tiny(), buffer(2, 16)
+    assert torch.equal(integrate(model, x_in.clone(), "euler", 1)[0], one_step(model, x_in, 0.0))
+
+
+def test_integrate_leaves_x_lr_alone_and_works_in_place():
+    model, x_in = tiny(), buffer(1, 16)
+    before = x_in.clone()
+    x_1, _ = integrate(model, x_in, "midpoint", 2)
+    assert torch.equal(x_in[:, 3:], before[:, 3:]) and x_1.data_ptr() == x_in.data_ptr()
+    assert not torch.equal(x_in[:, :3], before[:, :3])
+
+
+@pytest.mark.parametrize("solver", ["euler", "midpoint", "ralston", "heun"])
+def test_mean_slope_is_one_step_of_the_solver(solver):
+    model, x_in = tiny(), buffer(2, 16)
+    v1 = model(x_in, torch.zeros(2))
+    before = x_in.clone()
+    slope = mean_slope(model, x_in, v1, torch.zeros(2), torch.ones(2), solver)
+    assert torch.equal(x_in, before)
+    assert torch.allclose(x_in[:, :3] + slope, integrate(model, x_in.clone(), solver, 1)[0], atol=1e-5)
+
+
+# --- losses ---
+
+
+def test_flow_loss_is_eq_5():
+    x_in, target, t = buffer(), buffer(seed=1)[:, :3], torch.rand(2)
+    shifted = lambda x, t: target + 0.5 * t.view(-1, 1, 1, 1)
+    assert torch.allclose(flow_loss(shifted, x_in, target, t, "l1"), 0.5 * t, atol=1e-6)
+    assert torch.allclose(flow_loss(shifted, x_in, target, t, "l2"), 0.25 * t**2, atol=1e-6)
+
+
+def test_exact_student_has_no_loss():
+    """A teacher with a closed-form trajectory, v = a(x_lr) + 2 t, and the student that is its mean slope from 0 to t."""
+    t, x_in = torch.tensor([0.2, 0.6]), buffer()
+    teacher = lambda x, t: x[:, 3:] + 2 * t.view(-1, 1, 1, 1)
+    student = lambda x, t: x[:, 3:] + t.view(-1, 1, 1, 1)  # x_t = x_0 + t a + t^2
+    for objective in ("oftsr", "boot", "pinn"):
+        main, align, bc = distillation_losses(student, teacher, x_in, t, t + 0.1, "midpoint", objective)
+        assert main < 1e-9 and bc < 1e-12  # midpoint is exact for this field
+        assert align == pytest.approx(((1 - t) * t).square().mean().item(), rel=1e-5)  # v_theta - v_phi = t
+        assert distillation_losses(student, teacher, x_in, t, t + 0.1, "euler", objective)[0] > 1e-5
+
+
+def eager_losses(student, teacher, x_in, t, s):
+    """Algorithm 1 as the paper prints it, evaluation by evaluation, Euler."""
+    image = lambda v: v.view(-1, 1, 1, 1)
+    x_0, x_lr = x_in[:, :3], x_in[:, 3:]
+    v_t, v_s, v_0 = student(x_in, t), student(x_in, s), student(x_in, 0 * t)
+    with torch.no_grad():
+        x_t = x_0 + image(t) * v_t
+        u_t, u_0 = teacher(torch.cat([x_t, x_lr], 1), t), teacher(x_in, 0 * t)
+    dt, s, t = image(s - t), image(s), image(t)
+    lam = 1 - t * (1 - s) / (s * (1 - t))
+    x_theta = x_t.detach() + (1 - t) * u_t
+    return {
+        "oftsr": (v_s - (v_t + dt / s * (u_t - v_t)).detach()).square().mean(),
+        "pinn": (s / dt * (v_s - v_t) + v_t - u_t).square().mean(),
+        "boot": (((x_0 + v_s) - (x_0 + v_t + lam * (x_theta - (x_0 + v_t))).detach()) / lam**2).square().mean(),
+    }, ((1 - t) * (v_t - u_t)).square().mean(), (v_0 - u_0).square().mean()
+
+
+@pytest.mark.parametrize("objective", ["oftsr", "boot", "pinn"])
+def test_distillation_losses_and_gradients_are_the_papers(objective):
+    """Batched and fused against one evaluation at a time: values, and the gradient of Eq. (12) in every parameter."""
+    t, x_in = torch.tensor([0.1, 0.7]), buffer(2, 16)
+    s = t + 0.05
+    grads, values = [], []
+    for batched in (True, False):
+        teacher, student = tiny(), tiny(one_step=True).requires_grad_(True)
+        if batched:
+            losses = distillation_losses(student, teacher, x_in, t, s, "euler", objective)
+        else:
+            main, align, bc = eager_losses(student, teacher, x_in, t, s)
+            losses = torch.stack([main[objective], align, bc])
+        (losses * torch.tensor([1.0, 0.01, 0.1])).sum().backward()
+        values.append(losses.detach())
+        grads.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+    assert torch.allclose(*values, rtol=1e-4)
+    assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()
+
+
+# --- any size ---
+
+
+@pytest.mark.parametrize("length, tile, overlap", [(100, 40, 8), (41, 40, 8), (40, 40, 8), (16, 40, 8), (1000, 96, 64)])
+def test_tiles_cover_and_their_weights_sum_to_one(length, tile, overlap):
+    total = torch.zeros(length)
+    for start, weights in tile_spans(length, tile, overlap):
+        assert start >= 0 and start + len(weights) <= length and len(weights) == min(tile, length)
+        total[start : start + len(weights)] += weights
+    assert torch.allclose(total, torch.ones(length), atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+def test_reflection_goes_on_as_long_as_needed(n):
+    x = torch.arange(float(n)).view(1, 1, 1, n)
+    padded = reflect_to(x, 1, 11).flatten().numpy()
+    assert np.array_equal(padded, np.pad(np.arange(n), (0, 11 - n), mode="reflect"))
+
+
+def test_tiles_change_nothing_for_a_local_network():
+    """A network that looks at one pixel and its noise: any tiling gives the picture made in one piece."""
+    class Local(torch.nn.Module):
+        multiple = 4
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(0.3), requires_grad=False)
+
+        def forward(self, x_in, t):
+            return self.weight * x_in[:, :3].tanh() + x_in[:, 3:]
+
+    x_lr, seeds = buffer(2, 50)[:, :3, :, :43], torch.tensor([3, 4])
+    whole, _ = restore(Local(), x_lr, 0.2, seeds)
+    assert whole.shape == x_lr.shape
+    for tile in (16, 20, 48):
+        tiled, _ = restore(Local(), x_lr, 0.2, seeds, tile=tile, tile_pad=4)
+        assert torch.allclose(tiled, whole, atol=1e-5)
+
+
+def test_a_picture_does_not_depend_on_its_batch():
+    model, x_lr, seeds = tiny(), buffer(3, 20)[:, :3], torch.tensor([5, 6, 7])
+    together, _ = restore(model, x_lr, 0.2, seeds)
+    for i in (2, 0, 1):
+        alone, _ = restore(model, x_lr[i : i + 1], 0.2, seeds[i : i + 1])
+        assert torch.equal(alone[0], together[i])
+    other, _ = restore(model, x_lr[:1], 0.2, torch.tensor([6]))
+    assert not torch.allclose(other[0], together[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 7), (5, 3), (17, 30)])
+def test_any_size_comes_out_exactly_scaled(height, width):
+    array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    task = data.TASKS["photos"]
+    (big, nfe), = sample.upscale_array(tiny(), task, array, [0.5], 0, torch.float32)
+    assert big.shape == (4 * height, 4 * width, 3) and big.dtype == np.uint8 and nfe == 1
+
+
+def test_noise_of_the_canvas_is_the_crops_noise():
+    """x_0 is keyed by position: what padding and tiling see is what the whole picture sees."""
+    seeds = torch.tensor([9])
+    assert torch.equal(kernels.normal(seeds, (1, 3, 40, 60))[..., :20, :30], kernels.normal(seeds, (1, 3, 20, 30)))

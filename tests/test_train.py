@@ -1,0 +1,203 @@
+"""Both training scripts from their command lines: exact resume, several processes, signals, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import distill
+import train_flow
+from model import InputError, load_checkpoint, load_model, save_release
+from test_model import tiny
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--model", "tiny", "--image_size", "16", "--batch_size", "2", "--eval_pictures", "1", "--eval_steps", "1",
+         "--log_interval", "2", "--warmup_iters", "2", "--device", "cpu", "--learning_rate", "1e-3"]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """The scripts take SIGTERM and SIGINT over; give them back."""
+    kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for s, handler in kept.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Smooth pictures with an edge: something that can be learned."""
+    folder = tmp_path_factory.mktemp("photos")
+    y, x = np.mgrid[:64, :64]
+    for i in range(8):
+        picture = np.stack([127 + 100 * np.sin((x * (i + 1) + y * c) / 9.0) * (x > 8 * i) for c in range(3)], axis=-1)
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "flow.safetensors"
+    task = dict(train_flow.asdict(train_flow.data.TASKS["photos"]), model="tiny")
+    save_release(path, tiny(), dict(stage="flow", step=1, task=task))
+    return path
+
+
+def run(script, photos, out, *flags):
+    args = [*SMALL, "--data_dir", str(photos), "--out_dir", str(out), *map(str, flags)]
+    script.main(args)
+    return load_checkpoint(out / "ckpt.pt")
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "args")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.mark.parametrize("script", [train_flow, distill], ids=["flow", "distill"])
+def test_resume_is_exact(script, photos, teacher, tmp_path, monkeypatch):
+    """2N steps, and N steps then N more: every weight, average and optimizer moment the same to the bit."""
+    monkeypatch.chdir(tmp_path)
+    extra = ["--teacher", teacher] if script is distill else []
+    whole = run(script, photos, tmp_path / "whole", "--max_iters", 8, "--eval_interval", 4, *extra)
+    run(script, photos, tmp_path / "parts", "--max_iters", 4, "--eval_interval", 4, *extra)
+    parts = run(script, photos, tmp_path / "parts", "--max_iters", 8, "--eval_interval", 4, "--init_from", "resume", *extra)
+    assert whole["step"] == 8 and same(whole, parts)
+    strip = lambda log: [{k: v for k, v in entry.items() if k != "images_per_s"} for entry in log]
+    assert strip(log_of(tmp_path / "whole")) == strip(log_of(tmp_path / "parts"))
+    other = run(script, photos, tmp_path / "other", "--max_iters", 8, "--eval_interval", 4, "--seed", 1, *extra)
+    assert not same(whole["params"], other["params"])
+    with pytest.raises(InputError, match="sigma_p 0.1, not 0.3"):
+        run(script, photos, tmp_path / "parts", "--max_iters", 9, "--sigma_p", 0.3, "--init_from", "resume", *extra)
+
+
+def gradient(checkpoint):
+    """Of a run of one step: Adam's first moment is a tenth of it. (The weights would not do: Adam's first step is a sign.)"""
+    assert checkpoint["step"] == 1
+    return 10 * torch.cat([state["exp_avg"].flatten() for state in checkpoint["optimizer"]["state"].values()])
+
+
+ONE_STEP = ["--max_iters", 1, "--log_interval", 1, "--dtype", "float32"]
+
+
+def test_accumulation_is_the_larger_batch(photos, tmp_path):
+    one = gradient(run(train_flow, photos, tmp_path / "one", *ONE_STEP, "--batch_size", 4))
+    two = gradient(run(train_flow, photos, tmp_path / "two", *ONE_STEP, "--batch_size", 2, "--gradient_accumulation_steps", 2))
+    assert one.norm() > 1e-3 and (one - two).norm() < 1e-4 * one.norm()
+
+
+def test_the_flow_learns(photos, tmp_path):
+    run(train_flow, photos, tmp_path, "--max_iters", 120, "--eval_interval", 20, "--batch_size", 4)
+    few = [e["psnr_few"] for e in log_of(tmp_path) if "psnr_few" in e]
+    assert len(few) == 6 and few[-1] > few[0] + 1  # dB
+    assert (tmp_path / "val_0000120.png").exists()
+    model, meta = load_model(tmp_path / "ckpt.pt")
+    assert meta["stage"] == "flow" and meta["task"]["sigma_p"] == 0.1
+    assert torch.equal(next(model.parameters()), load_checkpoint(tmp_path / "ckpt.pt")["ema"]["shadow_params"][0])
+
+
+@pytest.mark.parametrize("objective", ["oftsr", "boot", "pinn"])
+def test_distillation_starts_from_the_teacher_and_lowers_its_loss(objective, photos, teacher, tmp_path):
+    run(distill, photos, tmp_path, "--teacher", teacher, "--loss", objective, "--max_iters", 30, "--log_interval", 5, "--learning_rate", 3e-4,
+        "--eval_interval", 30, "--solver", "euler")
+    log = [e for e in log_of(tmp_path) if "loss" in e]
+    assert log[-1]["distill"] < log[0]["distill"] or log[-1]["loss"] < log[0]["loss"]
+    model, meta = load_model(tmp_path / "ckpt.pt")
+    assert meta["stage"] == "distill" and model.one_step
+
+
+def test_the_teacher_is_the_newest_of_its_task(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c"):
+        run(train_flow, photos, tmp_path / "out" / name, "--max_iters", 1, *(["--dataset", "div2k", "--sigma_p", "0.2"] if name == "c" else []))
+        os.utime(tmp_path / "out" / name / "ckpt.pt", (0, {"a": 200, "b": 100, "c": 300}[name]))
+    assert distill.find_teacher("photos") == Path("out/a/ckpt.pt")
+    assert distill.find_teacher("div2k") == Path("out/c/ckpt.pt")
+    with pytest.raises(InputError, match="no teacher for ffhq"):
+        distill.find_teacher("ffhq")
+    student = run(distill, photos, tmp_path / "out" / "s", "--max_iters", 1, "--dataset", "div2k")
+    assert student["task"]["sigma_p"] == 0.2  # nobody types it twice
+    with pytest.raises(InputError, match="distilled student"):
+        run(distill, photos, tmp_path / "x", "--teacher", tmp_path / "out" / "s" / "ckpt.pt")
+
+
+def torchrun(processes, script, *flags):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(ROOT / script), *map(str, flags)],
+                          capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_train_as_one(photos, tmp_path):
+    """torchrun with two: the same pictures, noise and times as one process with twice the batch, so the same gradient and loss."""
+    done = torchrun(2, "train_flow.py", *SMALL, *ONE_STEP, "--data_dir", photos, "--out_dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    two = gradient(load_checkpoint(tmp_path / "two" / "ckpt.pt"))
+    one = gradient(run(train_flow, photos, tmp_path / "one", *ONE_STEP, "--batch_size", 4))
+    assert (one - two).norm() < 1e-4 * one.norm()
+    losses = [log_of(tmp_path / d)[0]["loss"] for d in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_so(signum, photos, tmp_path):
+    command = [sys.executable, str(ROOT / "train_flow.py"), *SMALL, "--data_dir", str(photos), "--out_dir", str(tmp_path), "--max_iters", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 4 "):
+                process.send_signal(signum)
+                break
+        rest = process.stdout.read()
+    step = load_checkpoint(tmp_path / "ckpt.pt")["step"]
+    assert process.returncode == 128 + signum and step >= 4 and f"stopped by a signal at step {step}" in rest
+
+
+def test_dry_run_writes_nothing(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_flow.main(["--data_dir", str(photos), "--image_size", "64", "--dry_run"])
+    out = capsys.readouterr().out
+    assert "4,910,124 parameters" in out and "0.47 GMACs" in out and "sigma_p=0.1" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--data_dir", "missing"], "no folder missing"),
+    (["--init_from", "resume"], "no checkpoint at"),
+    (["--init_from", "missing.pt"], "no checkpoint at missing.pt"),
+    (["--image_size", "20"], "not a multiple of 16"),
+    (["--device", "cuda:99"], "no device"),
+    (["--max_iter", "5"], "unrecognized arguments"),  # no abbreviations
+    (["--learning_rate", "fast"], "not a number"),
+    (["--batch_size", "0"], "out of range"),
+    (["--sigma_p", "2"], "out of range: 0 to 1"),
+    (["--sigma_p", "0"], "sigma_p > 0"),
+])
+def test_bad_input_is_one_line_and_writes_nothing(flags, says, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((InputError, SystemExit)) as e:
+        train_flow.main(["--data_dir", str(photos), "--image_size", "32", *flags])
+    message = str(e.value) if e.type is InputError else capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in message and "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_reach_the_shell_as_one_line(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "train_flow.py"), "--data_dir", str(tmp_path / "none")], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"train_flow.py: no folder {tmp_path / 'none'}\n"
+
+
+def test_a_diverging_run_stops_and_names_the_cure(photos, tmp_path):
+    with pytest.raises(InputError, match="lower --learning_rate"):
+        run(train_flow, photos, tmp_path, "--max_iters", 40, "--learning_rate", "1e30", "--grad_clip", 0)
