@@ -56,7 +56,7 @@ def _log(u):
 def box_muller(a, b):
     """Two uint32 words (in int64 tensors) to two independent standard normals, float32."""
     u = a.float() * 2.0**-32 + 2.0**-33  # (0, 1]
-    radius = torch.sqrt(_log(u) * -2.0)
+    radius = torch.sqrt((_log(u) * -2.0).double()).float()  # PyTorch's float32 root on the CPU may be off by a bit
     # The angle is 2 pi b / 2^32: the nearest quarter turn comes off in integers, exactly.
     quarter = (b + 2**29) >> 30
     angle = (b - (quarter << 30)).float() * (2 * math.pi / 2**32)

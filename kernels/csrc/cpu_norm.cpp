@@ -1,0 +1,190 @@
+// GroupNorm, scale-shift and SiLU on the CPU, forward and backward. PyTorch makes three or four trips through
+// memory; two are needed, since every output depends on the statistics of its whole group: one that reads x,
+// one that reads x and writes y. A picture that fits a core's cache is done by one core, and comes from memory once.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "norm.h"
+
+using torch::stable::parallel_for;
+
+// Element (c, p) of one picture. In channels_last memory the vector loop runs along the channels of a pixel,
+// in contiguous memory along the pixels of a channel.
+template <bool LAST, class T> struct Plane {
+  T* data;
+  int64_t stride;
+  OFTSR T& operator()(int64_t c, int64_t p) const { return LAST ? data[p * stride + c] : data[c * stride + p]; }
+};
+template <bool LAST, class T> static Plane<LAST, T> plane(const View& v, int64_t b) { return {v.at<T>(b, 0, 0), LAST ? v.w : v.c}; }
+
+// f(c, p) for every channel, for pixels first to last.
+template <bool LAST, class F> OFTSR void for_elements(int64_t C, int64_t first, int64_t last, F f) {
+  if (LAST) {
+    for (int64_t p = first; p < last; p++) {
+#pragma omp simd
+      for (int64_t c = 0; c < C; c++) f(c, p);
+    }
+  } else {
+    for (int64_t c = 0; c < C; c++) {
+#pragma omp simd
+      for (int64_t p = first; p < last; p++) f(c, p);
+    }
+  }
+}
+
+// For each channel, the sums of f(c, p)'s two values.
+template <bool LAST, class A, class F> OFTSR void sum_channels(int64_t C, int64_t first, int64_t last, A* sum0, A* sum1, F f) {
+  if (LAST) {
+    std::fill(sum0, sum0 + C, A(0));
+    std::fill(sum1, sum1 + C, A(0));
+    for_elements<true>(C, first, last, [=](int64_t c, int64_t p) { f(c, p, sum0[c], sum1[c]); });
+  } else {
+    for (int64_t c = 0; c < C; c++) {
+      A s0 = 0, s1 = 0;
+#pragma omp simd reduction(+ : s0, s1)
+      for (int64_t p = first; p < last; p++) f(c, p, s0, s1);
+      sum0[c] = s0;
+      sum1[c] = s1;
+    }
+  }
+}
+
+// f(b) for each picture: one core a picture where that keeps all cores busy, else the picture's own loops are shared out.
+template <class F> static void for_pictures(int64_t B, F f) {
+  int64_t threads = torch::stable::get_num_threads();
+  if (B % threads == 0 || B >= 4 * threads) {
+    parallel_for(0, B, 1, [&](int64_t begin, int64_t end) { for (int64_t b = begin; b < end; b++) f(b); });
+  } else {
+    for (int64_t b = 0; b < B; b++) f(b);
+  }
+}
+
+// f(chunk, its first pixel, its end) for the chunks of one picture.
+template <class F> static void for_chunks(const Norm& a, F f) {
+  Chunks chunks(a.P);
+  parallel_for(0, chunks.count, std::max<int64_t>(1, 32768 / (a.C * chunks.pixels)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) f(i, i * chunks.pixels, i * chunks.pixels + chunks.size(i, a.P));
+  });
+}
+
+// f(x's storage type, whether the channels lie next to one another)
+template <class F> static void by_layout(const View& x, F f) {
+  by_type(x.dtype, [&](auto type) {
+    if (x.c == 1) f(type, std::true_type());
+    else f(type, std::false_type());
+  });
+}
+
+// A picture's coefficients, one array each, as the vector loops along the channels want them.
+template <class A> struct Coefficients {
+  std::vector<A> mean, gain, offset, slope, level;
+  Coefficients(const Norm& a, int64_t b) : mean(a.C), gain(a.C), offset(a.C), slope(a.C), level(a.C) {
+    for (int64_t c = 0; c < a.C; c++) {
+      Channel<A> k = channel<A>(a, b, c);
+      mean[c] = k.mean, gain[c] = k.gain, offset[c] = k.offset;
+    }
+  }
+};
+
+// The mean and 1 / deviation of each group of picture b.
+template <bool LAST, class T> static void statistics(const Norm& a, int64_t b, double eps) {
+  using A = arith<T>;
+  Chunks chunks(a.P);
+  Plane<LAST, T> x = plane<LAST, T>(a.x, b);
+  std::vector<Moments> parts(chunks.count * a.C);
+  for_chunks(a, [&](int64_t i, int64_t first, int64_t last) {
+    std::vector<A> work(3 * a.C);
+    A *pivot = work.data(), *sum = pivot + a.C, *squares = sum + a.C;
+    int64_t early = std::min(PIVOT_PIXELS, last - first);
+    for (int64_t p = first; p < first + early; p++)
+      for (int64_t c = 0; c < a.C; c++) pivot[c] += load(x(c, p)) / A(early);
+    sum_channels<LAST>(a.C, first, last, sum, squares, [=](int64_t c, int64_t p, A& s, A& q) {
+      A d = load(x(c, p)) - pivot[c];
+      s += d;
+      q += d * d;
+    });
+    for (int64_t c = 0; c < a.C; c++) parts[i * a.C + c] = Moments::about(pivot[c], last - first, sum[c], squares[c]);
+  });
+  for (int64_t g = 0, D = a.C / a.G; g < a.G; g++) {
+    Moments all{};
+    for (int64_t i = 0; i < chunks.count; i++)
+      for (int64_t c = g * D; c < (g + 1) * D; c++) all.merge(parts[i * a.C + c]);
+    static_cast<A*>(a.mean)[b * a.G + g] = A(all.mean);
+    static_cast<A*>(a.rstd)[b * a.G + g] = A(1 / sqrt(all.m2 / all.n + eps));
+  }
+}
+
+template <> void group_norm_silu(Cpu, const Norm& a, double eps, double*, View y_view) {
+  by_layout(a.x, [&](auto type, auto last) {
+    using T = decltype(type);
+    using A = arith<T>;
+    constexpr bool LAST = decltype(last)::value;
+    for_pictures(a.B, [&](int64_t b) {
+      statistics<LAST, T>(a, b, eps);
+      Coefficients<A> k(a, b);
+      const A *mean = k.mean.data(), *gain = k.gain.data(), *offset = k.offset.data();
+      Plane<LAST, T> x = plane<LAST, T>(a.x, b), y = plane<LAST, T>(y_view, b);
+      for_chunks(a, [&](int64_t, int64_t first, int64_t end) {
+        for_elements<LAST>(a.C, first, end, [=](int64_t c, int64_t p) { y(c, p) = store<T>(silu((load(x(c, p)) - mean[c]) * gain[c] + offset[c])); });
+      });
+    });
+  });
+}
+
+// Two trips again, each reading x and dy: the sums that the statistics and the parameters need, then dx. The
+// gradient du of SiLU's argument is made anew in the second: that is cheaper than a third array in memory.
+template <> void group_norm_silu_backward(Cpu, const Norm& a, View dy_view, double*, View dx_view, void* dweight, void* dbias, void* dscale, void* dshift) {
+  by_layout(a.x, [&](auto type, auto last) {
+    using T = decltype(type);
+    using A = arith<T>;
+    constexpr bool LAST = decltype(last)::value;
+    std::vector<double> of_weight(a.B * a.C), of_bias(a.B * a.C);
+    for_pictures(a.B, [&](int64_t b) {
+      Chunks chunks(a.P);
+      Coefficients<A> k(a, b);
+      const A *mean = k.mean.data(), *gain = k.gain.data(), *offset = k.offset.data();
+      Plane<LAST, T> x = plane<LAST, T>(a.x, b), dy = plane<LAST, T>(dy_view, b), dx = plane<LAST, T>(dx_view, b);
+      std::vector<A> sums(2 * chunks.count * a.C);
+      for_chunks(a, [&](int64_t i, int64_t first, int64_t end) {
+        A* du = sums.data() + 2 * i * a.C;
+        sum_channels<LAST>(a.C, first, end, du, du + a.C, [=](int64_t c, int64_t p, A& s0, A& s1) {
+          A d = load(x(c, p)) - mean[c], du = load(dy(c, p)) * silu_slope(d * gain[c] + offset[c]);
+          s0 += du;
+          s1 += du * d;
+        });
+      });
+      for (int64_t g = 0, D = a.C / a.G; g < a.G; g++) {
+        double gain_du = 0, gain_dux = 0;
+        for (int64_t c = g * D; c < (g + 1) * D; c++) {
+          double du = 0, dux = 0;
+          for (int64_t i = 0; i < chunks.count; i++) {
+            du += sums[2 * i * a.C + c];
+            dux += sums[(2 * i + 1) * a.C + c];
+          }
+          gain_du += gain[c] * du;
+          gain_dux += gain[c] * dux;
+          Gradients d = parameter_gradients<A>(a, b, c, du, dux);
+          of_weight[b * a.C + c] = d.weight;
+          of_bias[b * a.C + c] = d.bias;
+          if (dscale) static_cast<A*>(dscale)[b * a.C + c] = A(d.scale), static_cast<A*>(dshift)[b * a.C + c] = A(d.shift);
+        }
+        for (int64_t c = g * D; c < (g + 1) * D; c++) through_statistics(a, b, g, gain_du, gain_dux, k.slope[c], k.level[c]);
+      }
+      const A *slope = k.slope.data(), *level = k.level.data();
+      for_chunks(a, [&](int64_t, int64_t first, int64_t end) {
+        for_elements<LAST>(a.C, first, end, [=](int64_t c, int64_t p) {
+          A d = load(x(c, p)) - mean[c], du = load(dy(c, p)) * silu_slope(d * gain[c] + offset[c]);
+          dx(c, p) = store<T>(gain[c] * du + d * slope[c] + level[c]);
+        });
+      });
+    });
+    for (int64_t c = 0; c < a.C; c++) {
+      double w = 0, s = 0;
+      for (int64_t b = 0; b < a.B; b++) w += of_weight[b * a.C + c], s += of_bias[b * a.C + c];
+      static_cast<A*>(dweight)[c] = A(w);
+      static_cast<A*>(dbias)[c] = A(s);
+    }
+  });
+}

@@ -1,0 +1,81 @@
+// What the three parts of the extension share: ops.cpp (checks, dispatch) hands views of tensors to
+// cpu.cpp or cuda.cu (loops, launches). No torch header here, so that nvcc compiles in seconds.
+#pragma once
+#include <stdint.h>
+
+#include "flow.h"
+
+enum class DType { f32, f64, bf16, f16 };
+
+struct Shape { int64_t B, C, H, W; };
+
+// A (B, C, H, W) tensor, whatever its memory format, or a slice of one: strides in elements.
+struct View {
+  void* data;
+  DType dtype;
+  int64_t b, c, h, w;
+  template <class T> OFTSR T* at(int64_t ib, int64_t ic, int64_t ih) const { return static_cast<T*>(data) + ib * b + ic * c + ih * h; }
+};
+
+// A (B,) tensor; a stride of 0 repeats one value.
+template <class T> struct PerImage {
+  const T* data;
+  int64_t stride;
+  OFTSR T operator[](int64_t b) const { return data[b * stride]; }
+};
+
+// dt: one number, or one a picture.
+struct Step {
+  PerImage<float> per_image;
+  double number;
+  template <class A> OFTSR A at(int64_t b) const { return per_image.data ? A(per_image[b]) : A(number); }
+};
+
+// A weighted sum of up to seven velocities.
+struct Sum {
+  int n;
+  View k[7];
+  double coefficient[7];
+};
+
+// GroupNorm's tensors, pixels in one dimension: C channels in G groups over P pixels. The statistics are per
+// (b, group); weight and bias (C,); scale and shift (B, C) with a stride of their rows, or null. All these are float32,
+// or float64 where x is.
+struct Norm {
+  int64_t B, C, P, G;
+  View x;
+  const void *weight, *bias, *scale, *shift;
+  int64_t scale_stride, shift_stride;
+  void *mean, *rstd;
+};
+
+constexpr int64_t PARTIAL_SUMS = 1024;  // what a GPU's blocks leave of a sum, to be added up by one block more
+
+struct Cpu {};
+struct Cuda { void* stream; };
+
+// Each is specialised twice: <Cpu> in cpu.cpp and cpu_norm.cpp, <Cuda> in cuda.cu and cuda_norm.cu.
+template <class D> void normal(D, Shape, PerImage<int64_t> seeds, uint32_t stream, float* out);
+template <class D> void noise_augment(D, Shape, View x_lr, double sigma_p, PerImage<int64_t> seeds, View x_in);
+template <class D> void flow_training_pair(D, Shape, View x_1, View x_lr, PerImage<float> t, double sigma_p, PerImage<int64_t> seeds, View x_in, View velocity);
+template <class D> void euler_step(D, Shape, View x, View v, Step dt);
+template <class D> void rk2_stage(D, Shape, View x, View v1, View v2, Step dt, double b1, double b2);
+template <class D> void student_state(D, Shape, View x_in, View v, PerImage<float> t, View out);
+template <class D> void dopri5_stage(D, Shape, View x, View x_t, const Sum&, double dt);
+template <class D> void dopri5_error(D, Shape, View x, View x_t, const Sum&, double dt, double atol, double rtol, double* partial, double* out);
+template <class D> void distill_target(D, Shape, View v_phi, View v_theta, PerImage<float> t, PerImage<float> s, View out);
+template <class D> void distill_loss(D, Shape, View v_phi, View v_step, View v_theta, PerImage<float> t, PerImage<float> s, double* partial, void* out);
+template <class D> void distill_loss_backward(D, Shape, const void* grad, View v_phi, View v_step, View v_theta, PerImage<float> t, PerImage<float> s, View out);
+template <class D> void to_uint8(D, Shape, View x, uint8_t* out);
+template <class D> void group_norm_silu(D, const Norm&, double eps, double* workspace, View y);
+template <class D> void group_norm_silu_backward(D, const Norm&, View dy, double* workspace, View dx, void* dweight, void* dbias, void* dscale, void* dshift);
+
+// f(T()) with the storage type that a view has.
+template <class F> void by_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: return f(float());
+    case DType::f64: return f(double());
+    case DType::bf16: return f(bf16());
+    case DType::f16: return f(f16());
+  }
+}

@@ -1,0 +1,398 @@
+// The operators: checks in sentences, outputs, dispatch to the CPU or the GPU, and their registration with
+// PyTorch's dispatcher. Written against PyTorch's stable ABI: its headers compile in two seconds (torch/extension.h
+// takes half a minute), the library is loaded by torch.ops.load_library and needs neither Python's headers nor
+// pybind11, and one build serves every later version of PyTorch.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <tuple>
+#include <vector>
+
+#include "norm.h"
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// ---- checks
+
+template <class... Words> static void check(bool right, const Words&... words) {
+  if (right) return;
+  std::ostringstream sentence;
+  (sentence << ... << words);
+  throw std::runtime_error(sentence.str());
+}
+
+static std::string shape_of(const Tensor& x) {
+  std::ostringstream s;
+  for (int64_t i = 0; i < x.dim(); i++) s << (i ? ", " : "(") << x.size(i);
+  s << (x.dim() ? ")" : "()");
+  return s.str();
+}
+
+static DType storage(const Tensor& x, const char* name) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: check(false, name, " must be a float32, bfloat16, float16 or float64 tensor."); return DType::f32;
+  }
+}
+
+static void check_device(const Tensor& x, const Tensor& like, const char* name) {
+  check(x.is_cuda() == like.is_cuda() && (x.is_cpu() || x.get_device() == like.get_device()), name, " must be on the device of the other tensors.");
+}
+
+static Shape shape(const Tensor& x, const char* name) {
+  check(x.dim() == 4, name, " must have four dimensions, (B, C, H, W), not the shape ", shape_of(x), ".");
+  return {x.size(0), x.size(1), x.size(2), x.size(3)};
+}
+
+static View view(const Tensor& x, const char* name) { return {x.data_ptr(), storage(x, name), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
+
+// x as a view, checked to be (B, C, H, W) on like's device.
+static View view(const Tensor& x, const char* name, Shape s, const Tensor& like) {
+  check_device(x, like, name);
+  Shape is = shape(x, name);
+  check(is.B == s.B && is.C == s.C && is.H == s.H && is.W == s.W, name, " must have the shape (", s.B, ", ", s.C, ", ", s.H, ", ", s.W, "), not ", shape_of(x), ".");
+  return view(x, name);
+}
+
+static View view_of_type(const Tensor& x, const char* name, Shape s, const Tensor& like) {
+  check(x.scalar_type() == like.scalar_type(), name, " must have the dtype of the other tensors.");
+  return view(x, name, s, like);
+}
+
+template <class T> static PerImage<T> per_image(const Tensor& x, const char* name, const Tensor& like) {
+  check_device(x, like, name);
+  bool integer = std::is_same_v<T, int64_t>;
+  check(x.scalar_type() == (integer ? ScalarType::Long : ScalarType::Float), name, " must be ", integer ? "int64" : "float32", ".");
+  check(x.dim() == 1 && x.size(0) == like.size(0), name, " must have one value a picture, (", like.size(0), ",), not the shape ", shape_of(x), ".");
+  return {static_cast<const T*>(x.data_ptr()), x.stride(0)};
+}
+
+static Step step(const MaybeTensor& per_picture, double number, const Tensor& like) {
+  return {per_picture ? per_image<float>(*per_picture, "dt", like) : PerImage<float>{nullptr, 0}, number};
+}
+
+// The state x_t in the first half of the channels of x_in.
+static Shape state(const Tensor& x_in) {
+  Shape s = shape(x_in, "x_in");
+  check(s.C % 2 == 0, "x_in must hold x_t and x_lr, so an even number of channels, not ", s.C, ".");
+  s.C /= 2;
+  return s;
+}
+
+// A velocity is stored like the state, or in float32.
+static View velocity(const Tensor& v, const char* name, Shape s, const Tensor& x_in) {
+  check(v.scalar_type() == x_in.scalar_type() || (v.scalar_type() == ScalarType::Float && x_in.scalar_type() != ScalarType::Double), name,
+        " must have x_in's dtype or float32.");
+  return view(v, name, s, x_in);
+}
+
+// ---- outputs and dispatch
+
+static bool is_channels_last(const Tensor& x) { return x.stride(1) == 1 && !x.is_contiguous(); }
+
+// An output of x's memory format.
+static Tensor new_like(const Tensor& x, int64_t B, int64_t C) {
+  return torch::stable::empty({B, C, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                              is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+static Tensor new_vector(const Tensor& x, std::vector<int64_t> size, ScalarType dtype) { return torch::stable::empty(size, dtype, std::nullopt, x.device()); }
+
+// Statistics, parameters and sums: float32, or float64 where x is.
+static ScalarType arithmetic(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// launch(Cpu()) or, on x's device and PyTorch's current stream there, launch(Cuda{stream}).
+template <class F> static void on_device(const Tensor& x, F launch) {
+  if (x.is_cpu()) return launch(Cpu());
+  check(x.is_cuda(), "the kernels run on CPU and CUDA tensors; for others choose OFTSR_KERNELS=torch.");
+#ifdef OFTSR_CUDA
+  torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  void* stream = nullptr;
+  aoti_torch_get_current_cuda_stream(x.get_device(), &stream);
+  launch(Cuda{stream});
+#else
+  check(false, "these kernels were built without CUDA: install nvcc, or choose OFTSR_KERNELS=torch.");
+#endif
+}
+
+// Where rows follow one another without a gap in every view, a picture is one long row: fewer, longer loops.
+template <class... V> static Shape one_row(Shape s, const V&... views) {
+  if (((views.h == s.W * views.w) && ...)) return {s.B, s.C, 1, s.H * s.W};
+  return s;
+}
+
+static bool empty(Shape s) { return s.B * s.C * s.H * s.W == 0; }
+
+// Sums are taken in two steps: up to PARTIAL_SUMS partial sums of each kind, then their sum.
+static Tensor partial_sums(const Tensor& x, int64_t kinds) { return new_vector(x, {kinds * PARTIAL_SUMS}, ScalarType::Double); }
+
+// ---- noise
+
+static Tensor normal_(const Tensor& seeds, std::vector<int64_t> size, int64_t stream) {
+  check(size.size() == 4, "the shape of noise is (B, C, H, W), four numbers, not ", size.size(), ".");
+  Shape s{size[0], size[1], size[2], size[3]};
+  Tensor out = new_vector(seeds, size, ScalarType::Float);
+  PerImage<int64_t> seed = per_image<int64_t>(seeds, "seeds", out);
+  if (!empty(s)) on_device(out, [&](auto device) { normal(device, s, seed, uint32_t(stream), static_cast<float*>(out.data_ptr())); });
+  return out;
+}
+
+static void check_sigma(double sigma_p) { check(sigma_p >= 0 && sigma_p <= 1, "sigma_p must lie in [0, 1], not ", sigma_p, "."); }
+
+static Tensor noise_augment_(const Tensor& x_lr, double sigma_p, const Tensor& seeds) {
+  check_sigma(sigma_p);
+  Shape s = shape(x_lr, "x_lr");
+  Tensor x_in = new_like(x_lr, s.B, 2 * s.C);
+  View in = view(x_lr, "x_lr"), out = view(x_in, "x_in");
+  PerImage<int64_t> seed = per_image<int64_t>(seeds, "seeds", x_lr);
+  if (!empty(s)) on_device(x_lr, [&](auto device) { noise_augment(device, s, in, sigma_p, seed, out); });
+  return x_in;
+}
+
+static std::tuple<Tensor, Tensor> flow_training_pair_(const Tensor& x_1, const Tensor& x_lr, const Tensor& t, double sigma_p, const Tensor& seeds) {
+  check_sigma(sigma_p);
+  Shape s = shape(x_lr, "x_lr");
+  View lr = view(x_lr, "x_lr"), hr = view_of_type(x_1, "x_1", s, x_lr);
+  Tensor x_in = new_like(x_lr, s.B, 2 * s.C), v = new_like(x_1, s.B, s.C);
+  View out = view(x_in, "x_in"), v_out = view(v, "v");
+  PerImage<float> time = per_image<float>(t, "t", x_lr);
+  PerImage<int64_t> seed = per_image<int64_t>(seeds, "seeds", x_lr);
+  if (!empty(s)) on_device(x_lr, [&](auto device) { flow_training_pair(device, s, hr, lr, time, sigma_p, seed, out, v_out); });
+  return {x_in, v};
+}
+
+// ---- solver steps
+
+static void euler_step_(const Tensor& x_in, const Tensor& v, const MaybeTensor& dts, double dt) {
+  Shape s = state(x_in);
+  View x = view(x_in, "x_in"), slope = velocity(v, "v", s, x_in);
+  Step d = step(dts, dt, x_in);
+  if (!empty(s)) on_device(x_in, [&](auto device) { euler_step(device, one_row(s, x, slope), x, slope, d); });
+}
+
+static void rk2_stage_(const Tensor& x_in, const Tensor& v1, const Tensor& v2, const MaybeTensor& dts, double dt, double b1, double b2) {
+  Shape s = state(x_in);
+  View x = view(x_in, "x_in"), k1 = velocity(v1, "v1", s, x_in), k2 = velocity(v2, "v2", s, x_in);
+  check(k1.dtype == k2.dtype, "v1 and v2 must have one dtype.");
+  Step d = step(dts, dt, x_in);
+  if (!empty(s)) on_device(x_in, [&](auto device) { rk2_stage(device, one_row(s, x, k1, k2), x, k1, k2, d, b1, b2); });
+}
+
+static Tensor student_state_(const Tensor& x_in, const Tensor& v, const Tensor& t) {
+  Shape s = state(x_in);
+  Tensor out = new_like(x_in, s.B, 2 * s.C);
+  View x = view(x_in, "x_in"), slope = velocity(v, "v", s, x_in), x_out = view(out, "out");
+  PerImage<float> time = per_image<float>(t, "t", x_in);
+  if (!empty(s)) on_device(x_in, [&](auto device) { student_state(device, one_row(s, x, slope, x_out), x, slope, time, x_out); });
+  return out;
+}
+
+// The velocities whose coefficients are not zero.
+static Sum weighted(const std::vector<Tensor>& k, const std::vector<double>& coefficients, Shape s, const Tensor& x_in) {
+  check(k.size() == coefficients.size() && !k.empty() && k.size() <= 7, "k must hold as many velocities as there are coefficients, 1 to 7, not ", k.size(), ".");
+  Sum sum{};
+  for (size_t i = 0; i < k.size(); i++) {
+    if (coefficients[i] == 0) continue;
+    sum.k[sum.n] = velocity(k[i], "k", s, x_in);
+    sum.coefficient[sum.n] = coefficients[i];
+    check(sum.k[sum.n].dtype == sum.k[0].dtype, "the velocities of k must have one dtype.");
+    sum.n++;
+  }
+  return sum;
+}
+
+static Shape one_row_sum(Shape s, const View& x, const View& x_t, const Sum& sum) {
+  Shape row = one_row(s, x, x_t);
+  for (int i = 0; i < sum.n; i++) if (sum.k[i].h != s.W * sum.k[i].w) return s;
+  return row;
+}
+
+static void dopri5_stage_(const Tensor& x_in, const Tensor& x_t, std::vector<Tensor> k, std::vector<double> a, double dt) {
+  Shape s = state(x_in);
+  View x = view(x_in, "x_in"), from = view_of_type(x_t, "x_t", s, x_in);
+  Sum sum = weighted(k, a, s, x_in);
+  if (!empty(s)) on_device(x_in, [&](auto device) { dopri5_stage(device, one_row_sum(s, x, from, sum), x, from, sum, dt); });
+}
+
+static Tensor dopri5_error_(const Tensor& x_in, const Tensor& x_t, std::vector<Tensor> k, std::vector<double> e, double dt, double atol, double rtol) {
+  Shape s = state(x_in);
+  check(!empty(s), "the error of an empty step is not defined: x_in has the shape ", shape_of(x_in), ".");
+  View x = view(x_in, "x_in"), from = view_of_type(x_t, "x_t", s, x_in);
+  Sum sum = weighted(k, e, s, x_in);
+  Tensor out = new_vector(x_in, {}, ScalarType::Double), partial = partial_sums(x_in, 1);
+  on_device(x_in, [&](auto device) {
+    dopri5_error(device, one_row_sum(s, x, from, sum), x, from, sum, dt, atol, rtol, static_cast<double*>(partial.data_ptr()), static_cast<double*>(out.data_ptr()));
+  });
+  return out;
+}
+
+// ---- distillation
+
+static Tensor distill_target_(const Tensor& v_phi, const Tensor& v_theta, const Tensor& t, const Tensor& s) {
+  Shape size = shape(v_phi, "v_phi");
+  Tensor out = new_like(v_phi, size.B, size.C);
+  View phi = view(v_phi, "v_phi"), theta = view_of_type(v_theta, "v_theta", size, v_phi), target = view(out, "out");
+  PerImage<float> from = per_image<float>(t, "t", v_phi), to = per_image<float>(s, "s", v_phi);
+  if (!empty(size)) on_device(v_phi, [&](auto device) { distill_target(device, one_row(size, phi, theta, target), phi, theta, from, to, target); });
+  return out;
+}
+
+// Everything that Eq. (12) reads.
+struct Distillation {
+  Shape size;  // of one B
+  View phi, step, theta;
+  PerImage<float> t, s;
+};
+
+static Distillation distillation(const Tensor& v_phi, const Tensor& v_step, const Tensor& v_theta, const Tensor& t, const Tensor& s) {
+  Shape one = shape(v_step, "v_step"), two = one, three = one;
+  check(!empty(one), "the mean over no elements is not defined: v_step has the shape ", shape_of(v_step), ".");
+  two.B = 2 * one.B, three.B = 3 * one.B;
+  return {one, view_of_type(v_phi, "v_phi", three, v_step), view(v_step, "v_step"), view_of_type(v_theta, "v_theta", two, v_step),
+          per_image<float>(t, "t", v_step), per_image<float>(s, "s", v_step)};
+}
+
+static Tensor distill_loss_(const Tensor& v_phi, const Tensor& v_step, const Tensor& v_theta, const Tensor& t, const Tensor& s) {
+  Distillation d = distillation(v_phi, v_step, v_theta, t, s);
+  Tensor out = new_vector(v_phi, {3}, arithmetic(v_phi)), partial = partial_sums(v_phi, 3);
+  on_device(v_phi, [&](auto device) {
+    distill_loss(device, one_row(d.size, d.phi, d.step, d.theta), d.phi, d.step, d.theta, d.t, d.s, static_cast<double*>(partial.data_ptr()), out.data_ptr());
+  });
+  return out;
+}
+
+static Tensor distill_loss_backward_(const Tensor& grad, const Tensor& v_phi, const Tensor& v_step, const Tensor& v_theta, const Tensor& t, const Tensor& s) {
+  Distillation d = distillation(v_phi, v_step, v_theta, t, s);
+  check(grad.dim() == 1 && grad.size(0) == 3 && grad.is_contiguous() && grad.scalar_type() == arithmetic(v_phi), "grad must be three numbers of the losses' dtype.");
+  check_device(grad, v_phi, "grad");
+  Tensor out = new_like(v_phi, v_phi.size(0), v_phi.size(1));
+  View dphi = view(out, "out");
+  on_device(v_phi, [&](auto device) {
+    distill_loss_backward(device, one_row(d.size, d.phi, d.step, d.theta, dphi), grad.data_ptr(), d.phi, d.step, d.theta, d.t, d.s, dphi);
+  });
+  return out;
+}
+
+// ---- the norm-activation
+
+// x as it is when its pixels lie at one distance, in either memory format; else a copy.
+static Tensor regular(const Tensor& x) {
+  bool rows = x.stride(2) == x.size(3) * x.stride(3), last = x.stride(1) == 1, first = x.stride(3) == 1;
+  if (rows && (last || first)) return x;
+  return torch::stable::contiguous(x, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+static const void* parameter(const Tensor& p, const char* name, const Tensor& x, std::vector<int64_t> size) {
+  check_device(p, x, name);
+  check(p.scalar_type() == arithmetic(x), name, " must be float32 (float64 where x is).");
+  bool fits = p.dim() == int64_t(size.size());
+  for (size_t i = 0; fits && i < size.size(); i++) fits = p.size(i) == size[i];
+  check(fits && (p.size(p.dim() - 1) <= 1 || p.stride(p.dim() - 1) == 1), name, " must have the shape (", size.size() > 1 ? "B, C" : "C",
+        ") with its channels next to one another; it has the shape ", shape_of(p), ".");
+  return p.data_ptr();
+}
+
+static Norm norm(const Tensor& x, int64_t groups, const Tensor& weight, const Tensor& bias, const MaybeTensor& scale, const MaybeTensor& shift, const Tensor& mean,
+                 const Tensor& rstd) {
+  Shape s = shape(x, "x");
+  check(groups > 0 && s.C % groups == 0, "the ", s.C, " channels of x do not make ", groups, " equal groups.");
+  check(scale.has_value() == shift.has_value(), "scale and shift must be given together.");
+  Norm a{s.B, s.C, s.H * s.W, groups, view(x, "x"), parameter(weight, "weight", x, {s.C}), parameter(bias, "bias", x, {s.C})};
+  if (scale) {
+    a.scale = parameter(*scale, "scale", x, {s.B, s.C});
+    a.shift = parameter(*shift, "shift", x, {s.B, s.C});
+    a.scale_stride = scale->stride(0);
+    a.shift_stride = shift->stride(0);
+  }
+  a.mean = const_cast<void*>(parameter(mean, "mean", x, {s.B, groups}));
+  a.rstd = const_cast<void*>(parameter(rstd, "rstd", x, {s.B, groups}));
+  return a;
+}
+
+static std::tuple<Tensor, Tensor, Tensor> group_norm_silu_(const Tensor& x_any, int64_t groups, const Tensor& weight, const Tensor& bias, const MaybeTensor& scale,
+                                                           const MaybeTensor& shift, double eps) {
+  Shape s = shape(x_any, "x");
+  Tensor x = regular(x_any), y = new_like(x_any, s.B, s.C);
+  Tensor mean = new_vector(x, {s.B, groups}, arithmetic(x)), rstd = new_vector(x, {s.B, groups}, arithmetic(x));
+  Norm a = norm(x, groups, weight, bias, scale, shift, mean, rstd);
+  View out = view(y, "y");
+  Tensor work = new_vector(x, {norm_workspace(a)}, ScalarType::Double);
+  on_device(x, [&](auto device) { group_norm_silu(device, a, eps, static_cast<double*>(work.data_ptr()), out); });
+  return {y, mean, rstd};
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backward_(const Tensor& dy_any, const Tensor& x_any, int64_t groups, const Tensor& weight,
+                                                                                    const Tensor& bias, const MaybeTensor& scale, const MaybeTensor& shift,
+                                                                                    const Tensor& mean, const Tensor& rstd) {
+  Tensor x = regular(x_any), dx = new_like(x_any, x.size(0), x.size(1));
+  Norm a = norm(x, groups, weight, bias, scale, shift, mean, rstd);
+  view_of_type(dy_any, "dy", shape(x, "x"), x);
+  Tensor dy = torch::stable::contiguous(dy_any, a.x.c == 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  View dy_view = view(dy, "dy"), dx_view = view(dx, "dx");
+  Tensor dweight = new_vector(x, {a.C}, arithmetic(x)), dbias = new_vector(x, {a.C}, arithmetic(x));
+  std::vector<int64_t> per_picture{scale ? a.B : 0, a.C};
+  Tensor dscale = new_vector(x, per_picture, arithmetic(x)), dshift = new_vector(x, per_picture, arithmetic(x));
+  Tensor work = new_vector(x, {norm_workspace(a)}, ScalarType::Double);
+  on_device(x, [&](auto device) {
+    group_norm_silu_backward(device, a, dy_view, static_cast<double*>(work.data_ptr()), dx_view, dweight.data_ptr(), dbias.data_ptr(),
+                             scale ? dscale.data_ptr() : nullptr, scale ? dshift.data_ptr() : nullptr);
+  });
+  return {dx, dweight, dbias, dscale, dshift};
+}
+
+// ---- pictures
+
+static Tensor to_uint8_(const Tensor& x) {
+  Shape s = shape(x, "x");
+  View in = view(x, "x");
+  Tensor out = new_vector(x, {s.B, s.H, s.W, s.C}, ScalarType::Byte);
+  if (!empty(s)) on_device(x, [&](auto device) { to_uint8(device, one_row(s, in), in, static_cast<uint8_t*>(out.data_ptr())); });
+  return out;
+}
+
+// ---- registration: a schema each, and one implementation for both devices (on_device chooses)
+
+STABLE_TORCH_LIBRARY(oftsr, m) {
+  m.def("normal(Tensor seeds, int[] shape, int stream) -> Tensor");
+  m.def("noise_augment(Tensor x_lr, float sigma_p, Tensor seeds) -> Tensor");
+  m.def("flow_training_pair(Tensor x_1, Tensor x_lr, Tensor t, float sigma_p, Tensor seeds) -> (Tensor, Tensor)");
+  m.def("euler_step_(Tensor(a!) x_in, Tensor v, Tensor? dts, float dt) -> ()");
+  m.def("rk2_stage_(Tensor(a!) x_in, Tensor v1, Tensor v2, Tensor? dts, float dt, float b1, float b2) -> ()");
+  m.def("student_state(Tensor x_in, Tensor v, Tensor t) -> Tensor");
+  m.def("dopri5_stage_(Tensor(a!) x_in, Tensor x_t, Tensor[] k, float[] a, float dt) -> ()");
+  m.def("dopri5_error(Tensor x_in, Tensor x_t, Tensor[] k, float[] e, float dt, float atol, float rtol) -> Tensor");
+  m.def("distill_target(Tensor v_phi, Tensor v_theta, Tensor t, Tensor s) -> Tensor");
+  m.def("distill_loss(Tensor v_phi, Tensor v_step, Tensor v_theta, Tensor t, Tensor s) -> Tensor");
+  m.def("distill_loss_backward(Tensor grad, Tensor v_phi, Tensor v_step, Tensor v_theta, Tensor t, Tensor s) -> Tensor");
+  m.def("group_norm_silu(Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def("group_norm_silu_backward(Tensor dy, Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("to_uint8(Tensor x) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
+  m.impl("normal", TORCH_BOX(&normal_));
+  m.impl("noise_augment", TORCH_BOX(&noise_augment_));
+  m.impl("flow_training_pair", TORCH_BOX(&flow_training_pair_));
+  m.impl("euler_step_", TORCH_BOX(&euler_step_));
+  m.impl("rk2_stage_", TORCH_BOX(&rk2_stage_));
+  m.impl("student_state", TORCH_BOX(&student_state_));
+  m.impl("dopri5_stage_", TORCH_BOX(&dopri5_stage_));
+  m.impl("dopri5_error", TORCH_BOX(&dopri5_error_));
+  m.impl("distill_target", TORCH_BOX(&distill_target_));
+  m.impl("distill_loss", TORCH_BOX(&distill_loss_));
+  m.impl("distill_loss_backward", TORCH_BOX(&distill_loss_backward_));
+  m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_));
+  m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward_));
+  m.impl("to_uint8", TORCH_BOX(&to_uint8_));
+}
