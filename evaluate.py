@@ -42,12 +42,12 @@ METRICS = {"psnr_rgb": 3, "psnr_y": 3, "ssim_y": 4, "lpips": 4}  # decimals
 WINDOW = 11  # side of SSIM's
 
 
-# --- metrics: pure functions of two batches ---
+# --- metrics: pure functions of two batches. PSNR and SSIM are of float64, which mps has not: they are for the CPU ---
 
 
 def psnr_rgb(a, b):
     """PSNR in dB of each picture over all of its pixels and channels: a, b (B, 3, H, W) uint8 -> (B,) float64, inf if equal."""
-    return _psnr(a.double(), b.double())
+    return _psnr(a.cpu().double(), b.cpu().double())
 
 
 def psnr_y(a, b, crop):
@@ -64,8 +64,8 @@ def luma(x, crop=0):
 
     The range is the super-resolution literature's; in the full range every PSNR reads 20 log10(255/219) = 1.3219 dB lower.
     """
-    x = x[..., crop : x.shape[-2] - crop, crop : x.shape[-1] - crop].double() / 255
-    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64, device=x.device)
+    x = x[..., crop : x.shape[-2] - crop, crop : x.shape[-1] - crop].cpu().double() / 255
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64)
     return (x * weights.view(3, 1, 1)).sum(dim=1, keepdim=True) + 16
 
 
@@ -77,7 +77,7 @@ def ssim_y(a, b, crop):
     """
     if min(a.shape[-2:]) < WINDOW + 2 * crop:
         raise ValueError(f"{a.shape[-2]} x {a.shape[-1]} less {crop} at each border is smaller than SSIM's {WINDOW} x {WINDOW} window")
-    g = torch.exp(-(torch.arange(WINDOW, dtype=torch.float64, device=a.device) - WINDOW // 2) ** 2 / (2 * 1.5**2))
+    g = torch.exp(-(torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2) ** 2 / (2 * 1.5**2))
     g = (g / g.sum()).view(1, 1, WINDOW, 1)
 
     def mean(x):  # the Gaussian is separable: columns, then rows
@@ -131,13 +131,13 @@ def load_lpips(backbone=None, device="cpu"):
 
 def measure(restored, truth, crop, lpips, device):
     """Every metric of one picture file against another: a dict of floats. Raises InputError that names what does not fit."""
-    a, b = (torch.from_numpy(data.read_image(p)).permute(2, 0, 1)[None].to(device) for p in (restored, truth))
+    a, b = (torch.from_numpy(data.read_image(p)).permute(2, 0, 1)[None] for p in (restored, truth))
     if a.shape != b.shape:
         raise InputError(f"{restored} is {a.shape[3]} x {a.shape[2]}, but {truth} is {b.shape[3]} x {b.shape[2]}")
     check_size(truth, *b.shape[2:], crop)
     scores = dict(psnr_rgb=psnr_rgb(a, b), psnr_y=psnr_y(a, b, crop), ssim_y=ssim_y(a, b, crop))
     if lpips:
-        scores["lpips"] = lpips(data.to_float(a), data.to_float(b))
+        scores["lpips"] = lpips(data.to_float(a).to(device), data.to_float(b).to(device))
     return {name: s.item() for name, s in scores.items()}
 
 
@@ -488,6 +488,8 @@ def main(argv=None):
 
     # --- what to measure, and on what: everything that can be wrong comes before any work ---
     ckpts = args.ckpt or [p for p in SHIPPED if p.is_file()]
+    if not ckpts and rank == 0:
+        print("no --ckpt, and no weights in weights/: bicubic alone is measured", file=sys.stderr)
     networks = [load_network(path, device, args) for path in ckpts]
     check_networks(networks, args)
     args.dataset = args.dataset or "photos"

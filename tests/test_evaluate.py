@@ -189,7 +189,7 @@ TASK = data.Task("photos", sigma_p=0.1, crop="random", image_size=32, model="tin
 
 
 def save_network(path, stage, task=TASK):
-    torch.manual_seed(len(stage))
+    torch.manual_seed(len(str(stage)))
     net = UNet(**network_config("tiny", sigma_p=task.sigma_p, sigma_d=0.1), one_step=stage == "distill")
     with torch.no_grad():
         for p in net.parameters():  # a new network's last layer is zero: nothing would depend on t
@@ -308,6 +308,24 @@ def test_plot_labels_t_and_evaluations(tmp_path):
     text = (tmp_path / "plot.svg").read_text()
     for label in ("t 0<", "t 0.5<", "16 NFE<", "bicubic<", "student<", "flow<"):
         assert label in text
+
+
+@pytest.mark.parametrize("flags, cells", (
+    ((), dict(degradation="bicubic", scale=4, sigma_p=0.1, image_size=32)),  # the file's own
+    (("--sigma_n", "0.1", "--crop", "center"), dict(sigma_n=0.1, crop="center", sigma_p=0.1, image_size=32)),
+    (("--dataset", "ffhq_noisy"), dict(degradation="avgpool", sigma_n=0.05, image_size=256, sigma_p=0.1)),  # sigma_p is the network's
+    (("--dataset", "ffhq_noisy", "--sigma_p", "0.3"), dict(degradation="avgpool", sigma_p=0.3)),
+))
+def test_the_task_is_the_file_s_unless_flags_say_otherwise(files, flags, cells):
+    network = evaluate.load_network(files / "student.safetensors", torch.device("cpu"), evaluate.parse_args(list(flags)))
+    assert {cell: getattr(network.task, cell) for cell in cells} == cells and network.step == 7
+
+
+def test_a_file_that_does_not_say_its_stage_takes_it_from_the_flag(tmp_path):
+    save_network(tmp_path / "net.safetensors", None)
+    with pytest.raises(InputError, match="--stage"):
+        evaluate.load_network(tmp_path / "net.safetensors", torch.device("cpu"), evaluate.parse_args([]))
+    assert evaluate.load_network(tmp_path / "net.safetensors", torch.device("cpu"), evaluate.parse_args(["--stage", "distill"])).stage == "distill"
 
 
 # --- what is wrong is said in one line, before any work ---
