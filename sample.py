@@ -249,6 +249,7 @@ def parse_args(argv):
     p.add_argument("--suffix", default="_x4", help="put after each name (default: _x4)")
     p.add_argument("--ext", choices=("auto", "png", "jpg", "webp"), default="auto", help="format; auto: the input's, png if it is none of these")
     p.add_argument("--quality", type=data.in_range(int, 1, 100), default=95, help="of jpg and webp")
+    p.add_argument("--strip", action="store_true", help="also write the input (repeated pixels) and all results side by side, ..._strip.png")
     p.add_argument("--skip_existing", action="store_true", help="leave alone what is already written")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
@@ -347,6 +348,9 @@ def main(argv=None):
             start = time.time()
             array = data.read_image(path)
             results = upscale_array(net, task, array, [t for t, _ in todo], args.seed, dtype, **how)
+            if args.strip and todo:
+                enlarged = array.repeat(task.scale, axis=0).repeat(task.scale, axis=1)
+                data.write_image(outs[0].with_name(f"{path.stem}{args.suffix}_strip.png"), np.hstack([enlarged, *(big for big, _ in results)]))
             for (t, out), (big, nfe) in zip(todo, results, strict=True):
                 if args.outscale:
                     size = [round(s * args.outscale) for s in (array.shape[1], array.shape[0])]
