@@ -98,20 +98,22 @@ def resolve_task(args, row=None):
 # --- pictures in and out ---
 
 
-def read_image(path):
-    """A picture file as RGB, uint8 (H, W, 3): EXIF rotation applied, alpha composited on white, 16 bits brought to 8.
+def rgb_array(im):
+    """A PIL picture of any mode as RGB, uint8 (H, W, 3): EXIF rotation applied, alpha composited on white, 16 bits brought to 8."""
+    im = ImageOps.exif_transpose(im)
+    if im.mode.startswith("I;16") or im.mode == "I":
+        im = Image.fromarray(np.clip(np.round(np.asarray(im, np.float32) / 257), 0, 255).astype(np.uint8))
+    if im.has_transparency_data:
+        im = im.convert("RGBA")
+        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+    return np.array(im.convert("RGB"))
 
-    Raises InputError, in one line that names the file, if it cannot be read.
-    """
+
+def read_image(path):
+    """A picture file as RGB, uint8 (H, W, 3). Raises InputError, in one line that names the file, if it cannot be read."""
     try:
         with Image.open(path) as im:
-            im = ImageOps.exif_transpose(im)
-            if im.mode.startswith("I;16") or im.mode == "I":
-                im = Image.fromarray(np.clip(np.round(np.asarray(im, np.float32) / 257), 0, 255).astype(np.uint8))
-            if im.has_transparency_data:
-                im = im.convert("RGBA")
-                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-            return np.array(im.convert("RGB"))
+            return rgb_array(im)
     except FileNotFoundError:
         raise InputError(f"no picture at {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow raises for broken files

@@ -204,11 +204,13 @@ def load(ckpt=None, device="auto", preset=None):
 def upscale(image, t=0.5, seed=0, ckpt=None, device="auto", dtype="auto", tile="auto", **how):
     """A picture, larger by the scale the network was trained for (4 for the shipped one).
 
-    image: a PIL picture, or uint8 (H, W, 3); t in [0, 1], 0 the most faithful, 1 the most realistic; `how` goes to
+    image: a PIL picture of any mode, or a uint8 array (H, W, 3); t in [0, 1], 0 the most faithful, 1 the most realistic; `how` goes to
     `restore` (solver, steps, rtol, atol, tile_pad). Returns the same kind as image. Raises InputError.
     """
     net, _, task = load(ckpt, device)
-    array = np.array(image.convert("RGB")) if isinstance(image, Image.Image) else image
+    array = data.rgb_array(image) if isinstance(image, Image.Image) else np.array(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise InputError(f"an array should be uint8 (H, W, 3), not {array.dtype} {array.shape}")
     out = upscale_array(net, task or data.TASKS["photos"], array, [t], seed, pick_dtype(dtype, pick_device(device)), tile, **how)[0][0]
     return Image.fromarray(out) if isinstance(image, Image.Image) else out
 

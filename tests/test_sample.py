@@ -1,0 +1,164 @@
+"""sample.py as people use it: files, folders, sweeps, mistakes; and upscale() from Python."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+from data import TASKS, read_image
+from model import InputError, save_release
+from test_model import tiny
+from train_flow import asdict
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Releases of a tiny student and a tiny flow."""
+    folder, task = tmp_path_factory.mktemp("weights"), asdict(TASKS["photos"])
+    for stage in ("distill", "flow"):
+        save_release(folder / f"{stage}.safetensors", tiny(one_step=stage == "distill"), dict(stage=stage, step=1, task=task))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Pictures a.png, b.jpg and below/c.png, in a folder that is also the working directory."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    (tmp_path / "in" / "below").mkdir(parents=True)
+    for name, (h, w) in (("a.png", (12, 17)), ("b.jpg", (9, 9)), ("below/c.png", (20, 8))):
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(tmp_path / "in" / name)
+    return tmp_path
+
+
+@pytest.fixture
+def cli(weights):
+    return lambda *args, stage="distill": sample.main(["--ckpt", str(weights / f"{stage}.safetensors"), "--device", "cpu", *map(str, args)])
+
+
+def written(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "in/" not in str(p.relative_to(folder)))
+
+
+def test_one_picture(folder, cli, capsys):
+    assert cli("--t", 0.5, "in/a.png") == 0
+    out = Image.open("restored/a_x4.png")
+    assert out.size == (68, 48)
+    note = json.loads(out.text["oftsr"])
+    assert note["t"] == 0.5 and note["seed"] == 0 and note["weights"] == "distill.safetensors"
+    assert "17x12 -> restored/a_x4.png 68x48, t 0.5" in capsys.readouterr().out
+
+
+def test_sweep_and_strip(folder, cli):
+    cli("--t", "0,0.25,1", "--strip", "in/a.png", "-o", "out")
+    assert written(folder) == ["out/a_x4_strip.png", "out/a_x4_t0.25.png", "out/a_x4_t0.png", "out/a_x4_t1.png"]
+    strip = read_image("out/a_x4_strip.png")
+    assert strip.shape == (48, 4 * 68, 3)
+    for i, t in enumerate(("0", "0.25", "1")):
+        assert np.array_equal(strip[:, (i + 1) * 68 : (i + 2) * 68], read_image(f"out/a_x4_t{t}.png"))
+    assert not np.array_equal(read_image("out/a_x4_t0.png"), read_image("out/a_x4_t1.png"))
+
+
+def test_folders_patterns_and_formats(folder, cli, capsys):
+    assert cli("in", "-o", "flat") == 0
+    assert written(folder) == ["flat/a_x4.png", "flat/b_x4.jpg"]
+    assert cli("-r", "in", "-o", "tree", "--suffix", "", "--ext", "webp") == 0
+    assert written(folder / "tree") == ["a.webp", "b.webp", "below/c.webp"]
+    cli("-i", "in/*.png", "-o", "glob")
+    assert written(folder / "glob") == ["a_x4.png"]
+    cli("in/a.png", "-o", "just/this.jpg", "-s", 2.5)
+    assert Image.open("just/this.jpg").size == (42, 30) and Image.open("just/this.jpg").format == "JPEG"
+    capsys.readouterr()
+    stamp = Path("flat/a_x4.png").stat().st_mtime_ns
+    cli("in", "-o", "flat", "--skip_existing")
+    assert Path("flat/a_x4.png").stat().st_mtime_ns == stamp and "->" not in capsys.readouterr().out
+
+
+def test_pixels_depend_on_the_picture_and_the_seed_only(folder, cli):
+    cli("in/a.png", "in/b.jpg", "in/below/c.png", "-o", "one", "--ext", "png")
+    cli("in/below/c.png", "-o", "two")
+    cli("in/below/c.png", "-o", "three", "--seed", 1)
+    assert np.array_equal(read_image("one/c_x4.png"), read_image("two/c_x4.png"))
+    assert not np.array_equal(read_image("one/c_x4.png"), read_image("three/c_x4.png"))
+
+
+@pytest.mark.parametrize("solver, evaluations", [("euler", 3), ("heun", 6), ("ralston", 6), ("midpoint", 6), ("rk45", None)])
+def test_solvers_of_a_flow(solver, evaluations, folder, cli):
+    cli("in/a.png", "--solver", solver, "--steps", 3, stage="flow")
+    note = json.loads(Image.open("restored/a_x4.png").text["oftsr"])
+    assert note["solver"] == solver and note["nfe"] == (evaluations or note["nfe"]) >= 3
+
+
+def test_a_bad_picture_is_skipped_and_counted(folder, cli, capsys):
+    Path("in/bad.png").write_bytes(b"\x89PNG but no more")
+    assert cli("in") == 1
+    captured = capsys.readouterr()
+    assert "skipped: in/bad.png cannot be read" in captured.err and captured.err.strip().endswith("2 done, 1 skipped")
+    assert written(folder) == ["restored/a_x4.png", "restored/b_x4.jpg"]
+
+
+def test_an_input_is_never_overwritten(folder, cli):
+    before = Path("in/a.png").read_bytes()
+    for args in (["in/a.png", "-o", "in/a.png"], ["in/a.png", "-o", "in", "--suffix", ""], ["in/a.png", "in/b.jpg", "-o", "in", "--suffix", ""]):
+        with pytest.raises(InputError, match="would meet"):
+            cli(*args)
+    assert Path("in/a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("args, says", [
+    (["in/a.png", "in/below/../a.png"], "would meet"),
+    (["in", "-o", "one.png"], "2 pictures do not fit in one file"),
+    (["nothing.png"], "no file, folder or pattern nothing.png"),
+    (["empty"], "no pictures in empty"),
+    (["in/a.png", "--t", "1.5"], "from 0 (fidelity) to 1 (realism)"),
+    (["in/a.png", "--t", "half"], "not a number"),
+    (["in/a.png", "--til", "64"], "unrecognized arguments"),
+    (["in/a.png", "--tile", "64"], "larger than twice --tile_pad"),
+    (["in/a.png", "--solver", "euler"], "one-step student"),
+    (["in/a.png", "--device", "cuda:99"], "no device"),
+    ([], "name a picture"),
+])
+def test_mistakes_are_one_line_and_write_nothing(args, says, folder, cli, capsys):
+    (folder / "empty").mkdir()
+    with pytest.raises((InputError, SystemExit)) as e:
+        cli(*args)
+    message = str(e.value) if e.type is InputError else capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in message and "\n" not in message and written(folder) == []
+
+
+def test_the_dial_is_not_a_flows(folder, cli):
+    with pytest.raises(InputError, match="stage-1 flow"):
+        cli("in/a.png", "--t", 0.5, stage="flow")
+
+
+def test_errors_reach_the_shell_as_one_line(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--ckpt", str(tmp_path / "none.pt"), "x.png"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"sample.py: no checkpoint at {tmp_path / 'none.pt'}\n"
+
+
+def test_upscale_is_the_command_line(folder, cli, weights):
+    cli("in/a.png", "--t", 0.25, "--seed", 3)
+    array, kwargs = read_image("in/a.png"), dict(t=0.25, seed=3, ckpt=weights / "distill.safetensors", device="cpu")
+    big = sample.upscale(array, **kwargs)
+    assert isinstance(big, np.ndarray) and np.array_equal(big, read_image("restored/a_x4.png"))
+    picture = sample.upscale(Image.fromarray(array), **kwargs)
+    assert isinstance(picture, Image.Image) and np.array_equal(np.asarray(picture), big)
+    for bad in (array / 255, array[..., 0]):
+        with pytest.raises(InputError, match="uint8"):
+            sample.upscale(bad, **kwargs)
+
+
+def test_tiled_is_close_to_whole(folder, cli, weights):
+    """Group norm sees a tile only, so tiling moves pixels, but where tiles blend there is no edge."""
+    array = np.asarray(Image.open(ROOT / "assets" / "astronaut.png").crop((0, 0, 96, 96)))
+    kwargs = dict(ckpt=weights / "distill.safetensors", device="cpu", dtype="float32")
+    whole, tiled = (sample.upscale(array, tile=tile, **kwargs).astype(float) for tile in (0, 160))
+    assert 0 < np.abs(whole - tiled).mean() < 12
+    step = np.abs(np.diff(tiled - whole, axis=1)).mean(axis=(0, 2))
+    assert step.max() < 4 * np.median(step) + 0.5  # no column of the difference jumps
