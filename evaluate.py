@@ -472,7 +472,7 @@ def describe(networks, rows, task, what, args, dtype, device):
     line = (f"{what} ({cut}), H {task.degradation} x{task.scale}, sigma_n {task.sigma_n:g}, seeds 0 to {args.seeds - 1}; "
             + "".join(f"{p['name']} = {p['file']} sha256 {p['sha256']}, sigma_p {p['sigma_p']:g}, {p['how']}; " for p in parts)
             + f"{protocol['dtype']}, tile {args.tile}, {device}, torch {torch.__version__}")
-    costs = [f"{p['name']}: {p['stage']}, step {p['step']}, {p['parameters']:,} parameters, "
+    costs = [f"{p['name']}: {p['stage']}, step {p['step'] or 'unknown'}, {p['parameters']:,} parameters, "
              f"{p['gmacs_256']:.2f} GMACs an evaluation at 256x256" for p in parts]
     return protocol, "\n".join([line, *costs])
 
@@ -488,8 +488,6 @@ def main(argv=None):
 
     # --- what to measure, and on what: everything that can be wrong comes before any work ---
     ckpts = args.ckpt or [p for p in SHIPPED if p.is_file()]
-    if not ckpts and rank == 0:
-        print("no --ckpt, and no weights in weights/: bicubic alone is measured", file=sys.stderr)
     networks = [load_network(path, device, args) for path in ckpts]
     check_networks(networks, args)
     args.dataset = args.dataset or "photos"
@@ -504,6 +502,9 @@ def main(argv=None):
     lpips = load_lpips(args.lpips_backbone, device)
     if args.plot and not lpips:
         raise InputError("--plot draws PSNR against LPIPS, and there is no AlexNet for it")
+
+    if not networks and rank == 0:
+        print("no --ckpt, and no weights in weights/: bicubic alone is measured", file=sys.stderr)
 
     # --- measure ---
     names = [name for name in METRICS if lpips or name != "lpips"]
@@ -541,5 +542,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:  # OSError: a disk that is full, a folder that cannot be written
         sys.exit(f"evaluate.py: {e}")

@@ -18,7 +18,7 @@ import evaluate
 from model import InputError, UNet, network_config, save_release
 
 ROOT = Path(evaluate.__file__).parent
-GOLDEN = ROOT.parent / "shared" / "golden" / "lpips"
+GOLDEN = Path(__file__).parent / "golden" / "lpips"  # the LPIPS project's example
 ALEX = os.environ.get("OFTSR_LPIPS_ALEX", "")
 needs_alex = pytest.mark.skipif(not Path(ALEX).is_file(), reason="OFTSR_LPIPS_ALEX names no file of AlexNet weights")
 
@@ -110,7 +110,6 @@ def test_ssim_of_a_picture_with_itself_is_1_and_too_small_a_one_is_refused():
 
 
 @needs_alex
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no published example pair in {GOLDEN}")
 def test_lpips_gives_the_published_distances():
     lpips = evaluate.load_lpips()
     ref, p0, p1 = (data.to_float(batch(data.read_image(GOLDEN / f"ex_{name}.png"))) for name in ("ref", "p0", "p1"))
@@ -372,7 +371,14 @@ def test_a_bad_flag_is_refused_by_name(flags, words, capsys):
     assert e.value.code == 2 and words in capsys.readouterr().err
 
 
+@needs_alex
+def test_lpips_takes_the_smallest_picture_that_is_let_through():
+    a, b = (data.to_float(batch(smooth(seed, 32, 32))) for seed in (1, 2))
+    assert 0 < evaluate.load_lpips()(a, b).item() < 2
+    with pytest.raises(InputError, match="at least 32"):
+        evaluate.check_size("a.png", 31, 40, 4)
+
+
 def test_the_command_ends_with_its_own_name_and_an_error_code(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "evaluate.py", "--data_dir", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.splitlines()[-1] == "evaluate.py: no folder nowhere"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "evaluate.py: no folder nowhere\n")
