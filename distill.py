@@ -168,6 +168,8 @@ def main(argv=None):
 
     # --- model ---
     checkpoint = load_checkpoint(out_dir / "ckpt.pt") if args.init_from == "resume" else None
+    if not checkpoint and (out_dir / "ckpt.pt").exists() and not args.dry_run:
+        raise InputError(f"{out_dir} holds a training already: --init_from resume goes on with it, another --out_dir leaves it alone")
     if checkpoint:
         if changed := [f"{k} {checkpoint['task'][k]}, not {v}" for k, v in asdict(task).items() if checkpoint["task"][k] != v]:
             raise InputError(f"{out_dir}/ckpt.pt was trained with {'; '.join(changed)}: to resume, give the same")

@@ -1,8 +1,8 @@
 """The definition of right: every kernel in plain PyTorch, in float32 arithmetic, one function each.
 
-The extension (csrc/) performs the same float32 operations in the same order, without fused
-multiply-add, so on float32 tensors it must agree to the bit: the noise of a picture is one picture,
-whoever draws it. On bfloat16 and float16 tensors the arithmetic is float32 too, rounded once at the end.
+The extension (csrc/) performs the same operations in the same order, without fused multiply-add, so that
+all but the sums and the norm must agree to the bit: the noise of a picture is one picture, whoever draws it.
+The arithmetic is float32 for float32, bfloat16 and float16 tensors, rounded once at the end, and float64 for float64.
 
 Symbols as in the README: x_1 (HR) and x_lr are (B, 3, H, W) in [-1, 1]; x_in is concat(x_t, x_lr),
 (B, 6, H, W); t, s, dt are (B,) float32; seeds is (B,) int64, one stream of noise a picture.
@@ -90,8 +90,13 @@ def _arith(x):  # the type of the arithmetic: float32, unless the tensor is floa
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _image(v):  # (B,) or a number, to broadcast over (B, C, H, W)
-    return v.float().view(-1, 1, 1, 1) if torch.is_tensor(v) else v
+def _image(v, x):  # v, (B,) or a number, to broadcast over x (B, C, H, W)
+    return v.float().to(_arith(x).dtype).view(-1, 1, 1, 1) if torch.is_tensor(v) else v
+
+
+def _perturb(x_lr, sigma_p, seeds):
+    x_lr = _arith(x_lr)
+    return x_lr * math.sqrt(1 - sigma_p**2) + normal(seeds, x_lr.shape).to(x_lr.dtype) * sigma_p
 
 
 def noise_augment(x_lr, sigma_p, seeds):
@@ -99,8 +104,7 @@ def noise_augment(x_lr, sigma_p, seeds):
 
     x_lr (B, C, H, W), seeds (B,) int64; returns concat(x_0, x_lr), (B, 2C, H, W), of x_lr's dtype and memory format.
     """
-    eps = normal(seeds, x_lr.shape)
-    x_0 = x_lr.float() * math.sqrt(1 - sigma_p**2) + eps * sigma_p
+    x_0 = _perturb(x_lr, sigma_p, seeds)
     return torch.cat([x_0.to(x_lr.dtype), x_lr], dim=1)
 
 
@@ -109,17 +113,15 @@ def flow_training_pair(x_1, x_lr, t, sigma_p, seeds):
 
     x_1, x_lr (B, C, H, W), t (B,), seeds (B,) int64; returns (B, 2C, H, W) and (B, C, H, W). x_0 is Eq. (4)'s.
     """
-    eps = normal(seeds, x_lr.shape)
-    x_0 = x_lr.float() * math.sqrt(1 - sigma_p**2) + eps * sigma_p
-    t = _image(t)
-    x_t = x_0 * (1 - t) + x_1.float() * t
-    return torch.cat([x_t.to(x_lr.dtype), x_lr], dim=1), (x_1.float() - x_0).to(x_1.dtype)
+    x_0, t = _perturb(x_lr, sigma_p, seeds), _image(t, x_lr)
+    x_t = x_0 * (1 - t) + _arith(x_1) * t
+    return torch.cat([x_t.to(x_lr.dtype), x_lr], dim=1), (_arith(x_1) - x_0).to(x_1.dtype)
 
 
 def euler_step_(x_in, v, dt):
     """x_t += dt v, in place in channels 0 to C-1 of x_in (B, 2C, H, W); v (B, C, H, W), dt (B,) or a number. Returns x_in."""
     x_t = x_in[:, : v.shape[1]]
-    x_t.copy_(x_t.float() + v.float() * _image(dt))
+    x_t.copy_(_arith(x_t) + _arith(v) * _image(dt, x_t))
     return x_in
 
 
@@ -137,7 +139,7 @@ def rk2_stage_(x_in, v1, v2, dt, alpha):
     """
     b1, b2 = rk2_coefficients(alpha)
     x_t = x_in[:, : v1.shape[1]]
-    x_t.copy_(x_t.float() + (v1.float() * b1 + v2.float() * b2) * _image(dt))
+    x_t.copy_(_arith(x_t) + (_arith(v1) * b1 + _arith(v2) * b2) * _image(dt, x_t))
     return x_in
 
 
@@ -190,15 +192,14 @@ def dopri5_error(x_in, x_t, k, dt, atol, rtol):
 def student_state(x_in, v, t):
     """Eq. (7), x_t = x_0 + t v_phi(x_0, t), into a new buffer: concat(x_0, x_lr) (B, 2C, H, W) to concat(x_t, x_lr)."""
     C = v.shape[1]
-    x_t = x_in[:, :C].float() + v.float() * _image(t)
+    x_t = _arith(x_in[:, :C]) + _arith(v) * _image(t, x_in)
     return torch.cat([x_t.to(x_in.dtype), x_in[:, C:]], dim=1)
 
 
 def distill_target(v_phi, v_theta, t, s):
     """Eq. (9)'s stop-gradient target, v_phi(t) + (s-t)/s (v_theta - v_phi(t)); all (B, C, H, W), t and s (B,). No gradient."""
-    w = (_image(s) - _image(t)) / _image(s)
-    v = v_phi.detach().float()
-    return (v + (v_theta.detach().float() - v) * w).to(v_phi.dtype)
+    v, t, s = _arith(v_phi.detach()), _image(t, v_phi), _image(s, v_phi)
+    return (v + (_arith(v_theta.detach()) - v) * ((s - t) / s)).to(v_phi.dtype)
 
 
 def distill_loss(v_phi, v_step, v_theta, t, s):
@@ -209,10 +210,10 @@ def distill_loss(v_phi, v_step, v_theta, t, s):
     v_theta (2B, C, H, W): the teacher at (x_t, t) and at (x_0, 0). t, s (B,).
     The gradient flows into v_phi alone, and in Eq. (9) into v_phi(s) alone.
     """
-    v_t, v_s, v_0 = v_phi.float().chunk(3)
-    u_t, u_0 = v_theta.detach().float().chunk(2)
-    distill = (v_s - distill_target(v_t, v_step.float(), t, s)).square().mean()
-    align = ((v_t - u_t) * (1 - _image(t))).square().mean()
+    v_t, v_s, v_0 = _arith(v_phi).chunk(3)
+    u_t, u_0 = _arith(v_theta.detach()).chunk(2)
+    distill = (v_s - distill_target(v_t, _arith(v_step), t, s)).square().mean()
+    align = ((v_t - u_t) * (1 - _image(t, v_t))).square().mean()
     return torch.stack([distill, align, (v_0 - u_0).square().mean()])
 
 
@@ -221,13 +222,14 @@ def group_norm_silu(x, groups, weight, bias, scale=None, shift=None, eps=1e-5):
 
     x (B, C, H, W); weight, bias (C,); scale, shift (B, C) or None. Statistics in float32; result of x's dtype.
     """
-    y = F.group_norm(x.float(), groups, weight.float(), bias.float(), eps)
+    x_ = _arith(x)
+    y = F.group_norm(x_, groups, weight.to(x_.dtype), bias.to(x_.dtype), eps)
     if scale is not None:
-        y = y * (1 + scale.float()[:, :, None, None]) + shift.float()[:, :, None, None]
+        y = y * (1 + scale.to(x_.dtype)[:, :, None, None]) + shift.to(x_.dtype)[:, :, None, None]
     return F.silu(y).to(x.dtype)
 
 
 def to_uint8(x):
     """[-1, 1] to bytes: (B, C, H, W) float to (B, H, W, C) uint8, clamped, rounded half to even."""
-    y = (x.float().clamp(-1, 1) * 127.5 + 127.5).round()
+    y = (_arith(x).clamp(-1, 1) * 127.5 + 127.5).round()
     return y.to(torch.uint8).permute(0, 2, 3, 1).contiguous()

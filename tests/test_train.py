@@ -164,6 +164,13 @@ def test_a_signal_saves_and_says_so(signum, photos, tmp_path):
     assert process.returncode == 128 + signum and step >= 4 and f"stopped by a signal at step {step}" in rest
 
 
+def test_a_finished_training_is_not_overwritten(photos, tmp_path):
+    before = run(train_flow, photos, tmp_path, "--max_iters", 1)
+    with pytest.raises(InputError, match="holds a training already"):
+        run(train_flow, photos, tmp_path, "--max_iters", 2)
+    assert same(before, load_checkpoint(tmp_path / "ckpt.pt"))
+
+
 def test_dry_run_writes_nothing(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_flow.main(["--data_dir", str(photos), "--image_size", "64", "--dry_run"])

@@ -107,15 +107,7 @@ template <> void flow_training_pair(Cpu, Shape s, View x_1, View x_lr, PerImage<
   });
 }
 
-// ---- solver steps. The state may be stored in fewer bits than the velocity, so they have a type each.
-
-// f(state type, velocity type): the velocity's is the state's, or float.
-template <class F> static void by_types(DType x, DType v, F f) {
-  by_type(x, [&](auto type) {
-    if (v == x) f(type, type);
-    else f(type, float());
-  });
-}
+// ---- solver steps
 
 template <class F> static void for_lines(Shape s, F f) {
   for_strips(s, [&](int64_t, int64_t b, int64_t h, int64_t w, int64_t n) {

@@ -112,7 +112,7 @@ template <bool LAST, class T> static void statistics(const Norm& a, int64_t b, d
     for (int64_t i = 0; i < chunks.count; i++)
       for (int64_t c = g * D; c < (g + 1) * D; c++) all.merge(parts[i * a.C + c]);
     static_cast<A*>(a.mean)[b * a.G + g] = A(all.mean);
-    static_cast<A*>(a.rstd)[b * a.G + g] = A(1 / sqrt(all.m2 / all.n + eps));
+    static_cast<A*>(a.rstd)[b * a.G + g] = A(all.rstd(eps));
   }
 }
 

@@ -74,7 +74,11 @@ template <> OFTSR f16 store<f16>(float x) {
 struct Words { uint32_t r0, r1, r2, r3; };
 
 OFTSR Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-#pragma GCC unroll 10
+#ifdef __CUDACC__
+#pragma unroll
+#else
+#pragma GCC unroll 10  // only a loop without loops inside is vectorised
+#endif
   for (int round = 0; round < 10; round++) {
     uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
     c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;

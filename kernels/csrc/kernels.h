@@ -79,3 +79,11 @@ template <class F> void by_type(DType dtype, F f) {
     case DType::f16: return f(f16());
   }
 }
+
+// f(X(), V()) for a state and its velocity, which has the state's type, or float where the state is stored in fewer bits.
+template <class F> void by_types(DType x, DType v, F f) {
+  by_type(x, [&](auto type) {
+    if (v == x) return f(type, type);
+    if constexpr (sizeof(type) == 2) f(type, float());
+  });
+}

@@ -17,8 +17,8 @@ struct Chunks {
   OFTSR int64_t size(int64_t i, int64_t P) const { return i + 1 < count ? pixels : P - i * pixels; }
 };
 
-// Doubles of working memory: two sums for each channel and chunk of every picture, and five coefficients a channel.
-inline int64_t norm_workspace(const Norm& a) { return a.B * a.C * (2 * Chunks(a.P).count + 5); }
+// Doubles of working memory: two sums for each channel and chunk of every picture, and four for each channel of every picture.
+inline int64_t norm_workspace(const Norm& a) { return a.B * a.C * (2 * Chunks(a.P).count + 4); }
 
 // Number of values, their mean, and the sum of squared deviations from it.
 struct Moments {
@@ -33,6 +33,7 @@ struct Moments {
     m2 += o.m2 + delta * delta * n * o.n / both;
     n = both;
   }
+  OFTSR double rstd(double eps) const { return 1 / sqrt((n > 0 ? m2 / n : 0) + eps); }
 };
 
 // What a channel's pixels need: u = (x - mean) gain + offset, y = silu(u); in the backward pass, with du the

@@ -7,6 +7,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <sstream>
 #include <tuple>
@@ -100,10 +104,22 @@ static View velocity(const Tensor& v, const char* name, Shape s, const Tensor& x
 
 static bool is_channels_last(const Tensor& x) { return x.stride(1) == 1 && !x.is_contiguous(); }
 
+// Large outputs come fresh from the system, which hands them over page by page as they are first touched; in pages
+// of 2 MiB instead of 4 KiB that takes a sixth of the time, and without this more than the kernel itself.
+static void ask_for_huge_pages(const Tensor& x) {
+#ifdef __linux__
+  constexpr uintptr_t PAGE = 1 << 21;
+  uintptr_t begin = (uintptr_t(x.data_ptr()) + PAGE - 1) / PAGE * PAGE, end = (uintptr_t(x.data_ptr()) + x.numel() * x.element_size()) / PAGE * PAGE;
+  if (x.is_cpu() && end > begin + 4 * PAGE) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // An output of x's memory format.
 static Tensor new_like(const Tensor& x, int64_t B, int64_t C) {
-  return torch::stable::empty({B, C, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                              is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor y = torch::stable::empty({B, C, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                                  is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  ask_for_huge_pages(y);
+  return y;
 }
 
 static Tensor new_vector(const Tensor& x, std::vector<int64_t> size, ScalarType dtype) { return torch::stable::empty(size, dtype, std::nullopt, x.device()); }
@@ -285,9 +301,12 @@ static Tensor distill_loss_backward_(const Tensor& grad, const Tensor& v_phi, co
 
 // ---- the norm-activation
 
-// x as it is when its pixels lie at one distance, in either memory format; else a copy.
+// The distance of neighbouring pixels, when all neighbours are at one distance.
+static int64_t pixel_stride(const Tensor& x) { return x.stride(x.size(3) > 1 ? 3 : 2); }
+
+// x as it is when its pixels lie at one distance, and channels or pixels next to one another; else a copy.
 static Tensor regular(const Tensor& x) {
-  bool rows = x.stride(2) == x.size(3) * x.stride(3), last = x.stride(1) == 1, first = x.stride(3) == 1;
+  bool rows = x.size(2) <= 1 || x.size(3) <= 1 || x.stride(2) == x.size(3) * x.stride(3), last = x.stride(1) == 1, first = pixel_stride(x) == 1;
   if (rows && (last || first)) return x;
   return torch::stable::contiguous(x, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
@@ -314,6 +333,7 @@ static Norm norm(const Tensor& x, int64_t groups, const Tensor& weight, const Te
     a.scale_stride = scale->stride(0);
     a.shift_stride = shift->stride(0);
   }
+  a.x.w = pixel_stride(x);
   a.mean = const_cast<void*>(parameter(mean, "mean", x, {s.B, groups}));
   a.rstd = const_cast<void*>(parameter(rstd, "rstd", x, {s.B, groups}));
   return a;
@@ -326,6 +346,7 @@ static std::tuple<Tensor, Tensor, Tensor> group_norm_silu_(const Tensor& x_any, 
   Tensor mean = new_vector(x, {s.B, groups}, arithmetic(x)), rstd = new_vector(x, {s.B, groups}, arithmetic(x));
   Norm a = norm(x, groups, weight, bias, scale, shift, mean, rstd);
   View out = view(y, "y");
+  out.w = pixel_stride(y);
   Tensor work = new_vector(x, {norm_workspace(a)}, ScalarType::Double);
   on_device(x, [&](auto device) { group_norm_silu(device, a, eps, static_cast<double*>(work.data_ptr()), out); });
   return {y, mean, rstd};
@@ -339,6 +360,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backwa
   view_of_type(dy_any, "dy", shape(x, "x"), x);
   Tensor dy = torch::stable::contiguous(dy_any, a.x.c == 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   View dy_view = view(dy, "dy"), dx_view = view(dx, "dx");
+  dy_view.w = pixel_stride(dy), dx_view.w = pixel_stride(dx);
   Tensor dweight = new_vector(x, {a.C}, arithmetic(x)), dbias = new_vector(x, {a.C}, arithmetic(x));
   std::vector<int64_t> per_picture{scale ? a.B : 0, a.C};
   Tensor dscale = new_vector(x, per_picture, arithmetic(x)), dshift = new_vector(x, per_picture, arithmetic(x));
