@@ -5,7 +5,9 @@
     python evaluate.py --ckpt out/photos_distill/ckpt.pt out/photos_flow/ckpt.pt --data_dir DIR --json scores.json --plot tradeoff.png
     python evaluate.py --ckpt out/photos_flow/ckpt.pt --solver midpoint,rk45 --steps 1,2,4 --data_dir DIR
     python evaluate.py --pairs out/eval/bicubic/seed0 out/eval/hr # any two folders of pictures, paired by stem
-    torchrun --nproc_per_node 2 evaluate.py --data_dir DIR        # the processes share the pictures
+    torchrun --nproc_per_node 2 -- evaluate.py --data_dir DIR     # the processes share the pictures
+
+The -- keeps torchrun from taking --n for one of its own.
 
 A student is swept over t, a flow over its steps, beside a bicubic row. What is measured is what a user gets:
 every result is rounded to 8 bits, saved as a PNG under --out_dir, and read back by the same code for every method.
@@ -469,10 +471,10 @@ def describe(networks, rows, task, what, args, dtype, device):
     cut = f"centre {task.image_size}" if task.crop == "center" else f"whole, to multiples of {task.scale}"
     protocol = dict(pictures=what, cut=cut, H=task.degradation, scale=task.scale, sigma_n=task.sigma_n, seeds=list(range(args.seeds)), networks=parts,
                     dtype=str(dtype).removeprefix("torch."), tile=args.tile, device=str(device), torch=torch.__version__)
-    line = (f"{what} ({cut}), H {task.degradation} x{task.scale}, sigma_n {task.sigma_n:g}, seeds 0 to {args.seeds - 1}; "
+    line = (f"{what} ({cut}), H {task.degradation} x{task.scale}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
             + "".join(f"{p['name']} = {p['file']} sha256 {p['sha256']}, sigma_p {p['sigma_p']:g}, {p['how']}; " for p in parts)
             + f"{protocol['dtype']}, tile {args.tile}, {device}, torch {torch.__version__}")
-    costs = [f"{p['name']}: {p['stage']}, step {p['step'] or 'unknown'}, {p['parameters']:,} parameters, "
+    costs = [f"{p['name']}: {p['stage']}, step {'unknown' if p['step'] is None else p['step']}, {p['parameters']:,} parameters, "
              f"{p['gmacs_256']:.2f} GMACs an evaluation at 256x256" for p in parts]
     return protocol, "\n".join([line, *costs])
 
