@@ -144,26 +144,37 @@ def list_images(folder):
     return paths
 
 
-def find_data(task, data_dir=None):
-    """The training and the validation files of a task: two lists of paths.
+def find_pictures(task, data_dir=None):
+    """The folder of a task, all of its pictures, and those of them that are marked for validation: (Path, [Path], [Path]).
 
-    data_dir defaults to data/<task name>, and for the task photos, if there is no such folder, to the
-    photographs in assets/. Validation files are those in a subfolder val/; else those that the task's list
-    names; else one in twenty, by name. Raises InputError if nothing is there.
+    data_dir defaults to data/<task name>, and where there is no data/photos, to the photographs in assets/. Marked
+    are those in a subfolder val/, else those that the task's list names; there may be none. Raises InputError if
+    there is no folder or no picture.
     """
-    data_dir = Path(data_dir or Path("data") / task.name)
-    if data_dir == Path("data/photos") and not data_dir.is_dir():
-        data_dir, paths = ASSETS, sorted(ASSETS.glob("*.png"))
+    folder = Path(data_dir or Path("data") / task.name)
+    if folder == Path("data/photos") and not folder.is_dir():
+        folder, paths = ASSETS, sorted(ASSETS.glob("*.png"))
         if os.environ.get("RANK", "0") == "0":
             print(f"no folder data/photos: using the {len(paths)} photographs in assets/, enough to see it run "
-                  "and far too few to learn from (--data_dir names a folder of yours)", file=sys.stderr)
+                  "and far too few to learn from or to judge by (--data_dir names a folder of yours)", file=sys.stderr)
     else:
-        paths = list_images(data_dir)
+        paths = list_images(folder)
     names = set((ASSETS / task.val_list).read_text().split()) if task.val_list else set()
-    val = [p for p in paths if (data_dir / "val") in p.parents] or [p for p in paths if p.name in names] or paths[::20]
+    return folder, paths, [p for p in paths if folder / "val" in p.parents] or [p for p in paths if p.name in names]
+
+
+def find_data(task, data_dir=None):
+    """The training and the validation files of a task: two lists of paths; where none are marked, one in twenty validates."""
+    _, paths, val = find_pictures(task, data_dir)
+    val = val or paths[::20]
     held_out = set(val)
     train = [p for p in paths if p not in held_out][: task.train_files or None]
     return train or val, val  # a single picture serves as both
+
+
+def spread(items, count):
+    """`count` of the items, or all if they are fewer, evenly over their order."""
+    return [items[i * len(items) // count] for i in range(count)] if count < len(items) else items
 
 
 # --- datasets ---
@@ -253,9 +264,8 @@ def training_batches(paths, task, seed, batch_size, start, rank, world, num_work
 def validation_pictures(paths, task, count):
     """The middles of the first `count` files, spread evenly: (N, 3, S, S) uint8, S = 256 or the task's size if larger."""
     size = max(task.image_size, 256) if task.crop == "random" else task.image_size
-    chosen = [paths[i * len(paths) // min(count, len(paths))] for i in range(min(count, len(paths)))]
     return torch.stack([torch.from_numpy(np.array(center_crop(Image.fromarray(read_image(p)), size)).transpose(2, 0, 1))
-                        for p in chosen])
+                        for p in spread(paths, count)])
 
 
 def image_seeds(seed, numbers):

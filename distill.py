@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 import kernels
-from evaluate import load_lpips, psnr_rgb
+from evaluate import load_lpips, validate
 from model import (EMA, InputError, UNet, count_macs, learning_rate, load_checkpoint, load_model, pick_device, pick_dtype,
                    save_checkpoint)
 from sample import RK2_NODES, integrate, mean_slope, one_step
@@ -121,28 +121,6 @@ def find_teacher(task_name):
     raise InputError(f"no teacher for {task_name}: no stage-1 checkpoint of it under out/ (train_flow.py --dataset {task_name} makes one, or name a file with --teacher)")
 
 
-@torch.no_grad()
-def validate(model, teacher, x_1, task, steps, lpips, device, autocast):
-    """The student at t = 0, 1/2 and 1 and the teacher in a few steps, on x_1 (N, 3, S, S) uint8: (dict of means, picture grid (H', W', 3) uint8)."""
-    scores, rows = {}, []
-    for i, picture in enumerate(x_1):
-        truth = data.to_float(picture[None]).to(device)
-        seeds = torch.full((1,), i, device=device)
-        x_lr = data.degrade(truth, task, seeds)
-        x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
-        with autocast():
-            outputs = {f"t{t:g}": one_step(model, x_in, t) for t in (0, 0.5, 1)}
-            outputs["teacher"] = integrate(teacher, x_in.clone(), "midpoint", steps)[0]
-        for name, x in {"lr": x_lr, **outputs}.items():
-            shown = kernels.to_uint8(x)
-            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(shown.permute(0, 3, 1, 2), picture[None].to(device)).item())
-            if lpips:
-                scores.setdefault(f"lpips_{name}", []).append(lpips(data.to_float(shown.permute(0, 3, 1, 2)), truth).item())
-        if i < 4:
-            rows.append(torch.cat([kernels.to_uint8(x)[0] for x in (x_lr, *outputs.values(), truth)], dim=1))
-    return {k: sum(v) / len(v) for k, v in scores.items()}, torch.cat(rows).cpu().numpy()
-
-
 def main(argv=None):
     args = parse_args(argv)
     teacher, meta = load_model(args.teacher or find_teacher(args.dataset), model=args.model or data.TASKS[args.dataset].model)
@@ -220,6 +198,11 @@ def main(argv=None):
             stage="distill", task=asdict(task), model=model.config, step=step, args=vars(args),
             params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
+    def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps
+        with autocast():
+            return {**{f"t{t:g}": one_step(ema_model, x_in, t) for t in (0, 0.5, 1)},
+                    "teacher": integrate(teacher, x_in, "midpoint", args.eval_steps)[0]}
+
     stop = 0  # the signal that asked for it
 
     def ask_to_stop(signum, frame):
@@ -240,7 +223,8 @@ def main(argv=None):
     while True:
         if step > saved and (step % args.eval_interval == 0 or step >= args.max_iters or stop):
             if master and not stop:
-                scores, grid = validate(ema.copy_to(ema_model), teacher, val, task, args.eval_steps, lpips, device, autocast)
+                ema.copy_to(ema_model)
+                scores, grid = validate(predict, val, task, lpips, device)
                 log(dict(step=step, **scores))
                 data.write_image(out_dir / f"val_{step:07d}.png", grid)
             if master:

@@ -1,13 +1,12 @@
 """Measure restored pictures against the true ones: PSNR, SSIM, LPIPS, their trade-off, and its cost.
 
     python evaluate.py                                            # the shipped weights on data/photos, else assets/
-    python evaluate.py --data_dir DIR --n 8 --seeds 1             # a quick look: 8 photographs of yours, one seed
+    python evaluate.py --data_dir DIR --pictures 8 --seeds 1      # a quick look: 8 photographs of yours, one seed
     python evaluate.py --ckpt out/photos_distill/ckpt.pt out/photos_flow/ckpt.pt --data_dir DIR --json scores.json --plot tradeoff.png
     python evaluate.py --ckpt out/photos_flow/ckpt.pt --solver midpoint,rk45 --steps 1,2,4 --data_dir DIR
     python evaluate.py --pairs out/eval/bicubic/seed0 out/eval/hr # any two folders of pictures, paired by stem
     torchrun --nproc_per_node 2 -- evaluate.py --data_dir DIR     # the processes share the pictures
 
-The -- keeps torchrun from taking --n for one of its own.
 
 A student is swept over t, a flow over its steps, beside a bicubic row. What is measured is what a user gets:
 every result is rounded to 8 bits, saved as a PNG under --out_dir, and read back by the same code for every method.
@@ -34,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-from kernels import to_uint8
+from kernels import noise_augment, to_uint8
 from model import InputError, UNet, atomic_write, count_macs, load_model, pick_device, pick_dtype
 from sample import SOLVERS, auto_tile, dial, restore, tile_size
 
@@ -166,6 +165,28 @@ def summarise(records, seeds, count):
     return {**row, "seconds": statistics.median(seconds) if seconds else None}
 
 
+@torch.no_grad()
+def validate(predict, x_1, task, lpips, device):
+    """A quick look during training: PSNR and LPIPS of what predict makes of x_1 (N, 3, S, S) uint8, and a picture of it.
+
+    predict: x_in = concat(x_0, x_lr) (1, 6, S, S), its own to change -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
+    "lpips_NAME"}, with x_lr's own under "lr", and x_lr, the results and x_1 of the first four side by side, uint8 (H, W, 3).
+    """
+    scores, rows = {}, []
+    for i, picture in enumerate(x_1):
+        truth, seeds = data.to_float(picture[None]).to(device), torch.full((1,), i, device=device)
+        x_lr = data.degrade(truth, task, seeds)
+        results = {"lr": x_lr, **predict(noise_augment(x_lr, task.sigma_p, seeds))}
+        shown = {name: to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
+        for name, x in shown.items():
+            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
+            if lpips:
+                scores.setdefault(f"lpips_{name}", []).append(lpips(data.to_float(x), truth).item())
+        if i < 4:
+            rows.append(torch.cat([x[0].cpu() for x in shown.values()] + [picture], dim=2))
+    return {k: statistics.fmean(v) for k, v in scores.items()}, torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
+
+
 # --- pictures and pairs ---
 
 
@@ -193,20 +214,12 @@ def find_pairs(restored, truth):
 def find_truth(task, data_dir, count):
     """The true pictures: ({stem: path}, what they are in words).
 
-    The folder is data.find_data's. Of it, val/ is taken, else what the task's list names, else everything (find_data
-    would keep one in twenty back); of these `count`, spread evenly, or all (0). Raises InputError if there are none.
+    Those that data.find_pictures finds marked for validation, else everything (find_data would keep nineteen in
+    twenty for training); of these `count`, spread evenly, or all (0). Raises InputError if there are none.
     """
-    folder = Path(data_dir or Path("data") / task.name)
-    if folder == Path("data/photos") and not folder.is_dir():
-        folder, paths = data.ASSETS, sorted(data.ASSETS.glob("*.png"))
-    else:
-        paths = data.list_images(folder)
-    names = set((data.ASSETS / task.val_list).read_text().split()) if task.val_list else set()
-    held_out = [p for p in paths if folder / "val" in p.parents] or [p for p in paths if p.name in names]
-    chosen = held_out or paths
-    if count:
-        chosen = [chosen[i * len(chosen) // min(count, len(chosen))] for i in range(min(count, len(chosen)))]
-    return by_stem(chosen, folder), f"{len(chosen)} {'validation pictures' if held_out else 'pictures'} of {folder}"
+    folder, paths, val = data.find_pictures(task, data_dir)
+    chosen = data.spread(val or paths, count or len(paths))
+    return by_stem(chosen, folder), f"{len(chosen)} {'validation pictures' if val else 'pictures'} of {folder}"
 
 
 def load_truth(path, task):
@@ -403,7 +416,7 @@ def parse_args(argv):
     p.add_argument("--ckpt", nargs="+", metavar="FILE", help="students and flows to measure (default: those in weights/)")
     p.add_argument("--data_dir", help="folder of true pictures: its val/, else those of the task's list, else all (default: data/DATASET)")
     p.add_argument("--pairs", nargs=2, metavar=("RESTORED", "TRUE"), help="measure a folder of pictures against another instead")
-    p.add_argument("--n", type=whole, default=0, help="measure this many pictures, spread evenly; 0: all")
+    p.add_argument("--pictures", type=whole, default=0, help="measure this many pictures, spread evenly; 0: all")
     p.add_argument("--seeds", type=positive, default=3, help="repeat with the seeds 0 to SEEDS - 1: x_0 is random")
     p.add_argument("--t", type=dial, help="where to set a student's dial (default: 0,0.25,0.5,0.75,1)")
     p.add_argument("--solver", type=solvers, help=f"of a flow, one or several of {','.join(SOLVERS)} (default: midpoint)")
@@ -433,7 +446,7 @@ def check_flags(args):
     """What can be known to be wrong before any work. Raises InputError."""
     if args.tile != "auto" and 0 < args.tile <= 2 * args.tile_pad:
         raise InputError(f"--tile {args.tile} must be larger than twice --tile_pad ({2 * args.tile_pad})")
-    if args.pairs and (idle := [f for f in ("ckpt", "data_dir", "n", "t", "solver", "steps", "plot") if getattr(args, f)]):
+    if args.pairs and (idle := [f for f in ("ckpt", "data_dir", "pictures", "t", "solver", "steps", "plot") if getattr(args, f)]):
         raise InputError(f"--pairs measures two folders as they are: it goes without --{idle[0]}")
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise InputError(f"--plot {args.plot} should end in .png, .pdf or .svg")
@@ -495,7 +508,7 @@ def main(argv=None):
     args.dataset = args.dataset or "photos"
     task = networks[0].task if networks else data.resolve_task(args)
     rows = plan_rows(networks, args)
-    sources, what = find_truth(task, args.data_dir, args.n)
+    sources, what = find_truth(task, args.data_dir, args.pictures)
     out_dir = Path(args.out_dir)
     for path in sources.values():
         load_truth(path, task)

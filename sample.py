@@ -329,7 +329,9 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     net, stage, task = load(args.ckpt, args.device, args.model)
-    task = data.TASKS[args.dataset] if args.dataset else task or data.TASKS["photos"]
+    if task and args.dataset:
+        raise InputError(f"this checkpoint says its task ({task.name}): --dataset is for files that do not")
+    task = task or data.TASKS[args.dataset or "photos"]
     if stage == "distill" and args.solver:
         raise InputError("this checkpoint is a one-step student: it takes --t, not --solver")
     if stage == "flow" and args.t:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 import kernels
-from evaluate import load_lpips, psnr_rgb
+from evaluate import load_lpips, validate
 from model import (EMA, PRESETS, InputError, UNet, count_macs, learning_rate, load_checkpoint, load_model, network_config,
                    pick_device, pick_dtype, save_checkpoint)
 from sample import integrate, one_step
@@ -69,27 +69,6 @@ def flow_loss(model, x_in, target, t, kind):
     """Eq. (5) of each picture: x_in = concat(x_t, x_lr) (B, 6, H, W), target x_1 - x_0 (B, 3, H, W), t (B,) -> (B,)."""
     error = model(x_in, t).float() - target
     return (error.abs() if kind == "l1" else error.square()).mean(dim=(1, 2, 3))
-
-
-@torch.no_grad()
-def validate(model, x_1, task, steps, lpips, device, autocast):
-    """The flow in one step and in a few, on x_1 (N, 3, S, S) uint8: (dict of means, picture grid (H', W', 3) uint8)."""
-    scores, rows = {}, []
-    for i, picture in enumerate(x_1):
-        truth = data.to_float(picture[None]).to(device)
-        seeds = torch.full((1,), i, device=device)
-        x_lr = data.degrade(truth, task, seeds)
-        x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
-        with autocast():
-            outputs = {"one": one_step(model, x_in, 0.0), "few": integrate(model, x_in.clone(), "midpoint", steps)[0]}
-        for name, x in {"lr": x_lr, **outputs}.items():
-            shown = kernels.to_uint8(x)
-            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(shown.permute(0, 3, 1, 2), picture[None].to(device)).item())
-            if lpips:
-                scores.setdefault(f"lpips_{name}", []).append(lpips(data.to_float(shown.permute(0, 3, 1, 2)), truth).item())
-        if i < 4:
-            rows.append(torch.cat([kernels.to_uint8(x)[0] for x in (x_lr, *outputs.values(), truth)], dim=1))
-    return {k: sum(v) / len(v) for k, v in scores.items()}, torch.cat(rows).cpu().numpy()
 
 
 def main(argv=None):
@@ -172,6 +151,10 @@ def main(argv=None):
             stage="flow", task=asdict(task), model=model.config, step=step, args=vars(args),
             params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
+    def predict(x_in):  # with the averaged weights, in one step and in a few
+        with autocast():
+            return {"one": one_step(ema_model, x_in, 0.0), "few": integrate(ema_model, x_in, "midpoint", args.eval_steps)[0]}
+
     stop = 0  # the signal that asked for it
 
     def ask_to_stop(signum, frame):
@@ -191,7 +174,8 @@ def main(argv=None):
     while True:
         if step > saved and (step % args.eval_interval == 0 or step >= args.max_iters or stop):
             if master and not stop:
-                scores, grid = validate(ema.copy_to(ema_model), val, task, args.eval_steps, lpips, device, autocast)
+                ema.copy_to(ema_model)
+                scores, grid = validate(predict, val, task, lpips, device)
                 log(dict(step=step, **scores))
                 data.write_image(out_dir / f"val_{step:07d}.png", grid)
             if master:
