@@ -173,7 +173,9 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         ema.load_state_dict(checkpoint["ema"])
         step = checkpoint["step"]
-        say(f"resumed at step {step}")
+        now = {**vars(args), "world": world}
+        other = [f"{k} was {checkpoint['args'][k]}" for k in ("seed", "batch_size", "gradient_accumulation_steps", "world") if checkpoint["args"][k] != now[k]]
+        say(f"resumed at step {step}" + (f", not exactly: {', '.join(other)}" if other else ""))
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net, device_ids=[local] if device.type == "cuda" else None) if ddp else net
@@ -194,8 +196,10 @@ def main(argv=None):
         say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()))
 
     def save(name="ckpt.pt"):
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise InputError(f"the weights are not finite at step {step}: lower --learning_rate; {out_dir}/ckpt.pt stays as it was")
         save_checkpoint(out_dir / name, dict(
-            stage="distill", task=asdict(task), model=model.config, step=step, args=vars(args),
+            stage="distill", task=asdict(task), model=model.config, step=step, args={**vars(args), "world": world},
             params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
     def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps
@@ -267,7 +271,7 @@ def main(argv=None):
             parts = sums[:3] / sums[3]
             loss = (parts * weights).sum().item()
             if not math.isfinite(loss):
-                raise InputError(f"the loss is {loss} at step {step}: lower --learning_rate; the last good checkpoint is in {out_dir}")
+                raise InputError(f"the loss is {loss} at step {step}: lower --learning_rate; {out_dir}/ckpt.pt stays as it was")
             speed = (step - clock_step) * per_step / (time.time() - clock)
             if master:
                 distill, align, bc = parts.tolist()
@@ -279,6 +283,8 @@ def main(argv=None):
     bar.close()
     if ddp:
         dist.destroy_process_group()
+    if device.type == "cuda":
+        say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB a process")
     if stop:
         say(f"stopped by a signal at step {step}; --init_from resume goes on from there")
         sys.exit(128 + stop)

@@ -43,7 +43,7 @@ def _choose(wanted):
     if wanted == "torch":
         return (), "PyTorch, as OFTSR_KERNELS=torch asks"
     gpu = torch.cuda.is_available()
-    cuda = gpu and build.has_nvcc()
+    cuda = gpu and build.cuda_home() is not None
     try:
         path = build.load(cuda)
     except build.MissingTool as e:

@@ -32,7 +32,7 @@ def sources(cuda):
 
 
 def cxx_flags(cuda):
-    return CXX_FLAGS + (["-DOFTSR_CUDA"] if cuda else [])
+    return CXX_FLAGS + (["-DUSE_CUDA"] if cuda else [])
 
 
 def processor():
@@ -69,11 +69,18 @@ def ninja():
         os.environ["PATH"] = BIN_DIR + os.pathsep + os.environ["PATH"]
 
 
-def has_nvcc():
-    """Whether a CUDA build of PyTorch and a compiler for it are here."""
+def cuda_home():
+    """The CUDA toolkit, if PyTorch is a CUDA build and a toolkit is here, else None.
+
+    cpp_extension takes the folder above nvcc's, which is wrong where the nvcc on the PATH is a script that calls another.
+    """
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME
-    return bool(torch.version.cuda and CUDA_HOME and (Path(CUDA_HOME) / "bin" / "nvcc").exists())
+    nvcc = shutil.which("nvcc")
+    for home in filter(None, (os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda")):
+        runtime = [*Path(home).glob("lib*/libcudart.so"), *Path(home).glob("targets/*/lib/libcudart.so")]
+        if torch.version.cuda and runtime and (Path(home) / "bin" / "nvcc").exists():
+            return str(home)
+    return None
 
 
 def ahead_of_time(cuda):
@@ -119,7 +126,10 @@ def build(folder, path, cuda):
     with FileLock(folder / "build.lock"):
         if path.exists():  # another process was first
             return
+        if cuda:
+            os.environ["CUDA_HOME"] = cuda_home()
         from torch.utils import cpp_extension
+        cpp_extension.CUDA_HOME = os.environ.get("CUDA_HOME")  # somebody may have imported it before
         print(f"kernels: building the extension, once, in {folder}", file=sys.stderr, flush=True)
         (folder / "lock").unlink(missing_ok=True)  # cpp_extension's own, which outlives a killed process
         cpp_extension.load("oftsr_build", sources(cuda), extra_cflags=cxx_flags(cuda), extra_cuda_cflags=NVCC_FLAGS,

@@ -223,7 +223,7 @@ def group_norm_silu(x, groups, weight, bias, scale=None, shift=None, eps=1e-5):
     x (B, C, H, W); weight, bias (C,); scale, shift (B, C) or None. Statistics in float32; result of x's dtype.
     """
     x_ = _arith(x)
-    y = F.group_norm(x_, groups, weight.to(x_.dtype), bias.to(x_.dtype), eps)
+    y = torch.group_norm(x_, groups, weight.to(x_.dtype), bias.to(x_.dtype), eps)
     if scale is not None:
         y = y * (1 + scale.to(x_.dtype)[:, :, None, None]) + shift.to(x_.dtype)[:, :, None, None]
     return F.silu(y).to(x.dtype)

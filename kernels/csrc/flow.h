@@ -166,10 +166,10 @@ template <class A> OFTSR Residuals<A> residuals(A v_t, A v_s, A v_0, A v_step, A
 // ---- the norm-activation
 
 // e^-|x| to 2 units in the last place: -|x| = n ln 2 + r, a polynomial for e^r (Cephes), n into the exponent's bits.
-// |x| stops at 87, short of the subnormal numbers; its bits are compared as integers, which compilers do without a branch.
+// Beyond 87, short of the subnormal numbers, it is 0. The comparisons are of integers: compilers do them without a branch.
 OFTSR float exp_minus_abs(float x) {
-  uint32_t bits = bits_as<uint32_t>(x) & 0x7FFFFFFF;
-  float m = -bits_as<float>(bits < 0x42AE0000 ? bits : 0x42AE0000);
+  uint32_t bits = bits_as<uint32_t>(x) & 0x7FFFFFFF, limit = 0x42AE0000;  // 87.0
+  float m = -bits_as<float>(bits < limit ? bits : limit);
   float n = (m * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // adding 1.5 2^23 rounds to an integer
   float r = m - n * 0.693359375f - n * -2.12194440e-4f;
   float y = 1.9875691500e-4f;
@@ -179,7 +179,7 @@ OFTSR float exp_minus_abs(float x) {
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  return y * bits_as<float>(uint32_t(int(n) + 127) << 23);
+  return y * bits_as<float>(bits < limit ? uint32_t(int(n) + 127) << 23 : 0);
 }
 OFTSR double exp_minus_abs(double x) { return exp(x < 0 ? x : -x); }
 

@@ -131,10 +131,10 @@ static ScalarType arithmetic(const Tensor& x) { return x.scalar_type() == Scalar
 template <class F> static void on_device(const Tensor& x, F launch) {
   if (x.is_cpu()) return launch(Cpu());
   check(x.is_cuda(), "the kernels run on CPU and CUDA tensors; for others choose OFTSR_KERNELS=torch.");
-#ifdef OFTSR_CUDA
+#ifdef USE_CUDA
   torch::stable::accelerator::DeviceGuard guard(x.get_device());
   void* stream = nullptr;
-  aoti_torch_get_current_cuda_stream(x.get_device(), &stream);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device(), &stream));
   launch(Cuda{stream});
 #else
   check(false, "these kernels were built without CUDA: install nvcc, or choose OFTSR_KERNELS=torch.");
