@@ -378,6 +378,10 @@ static Tensor to_uint8_(const Tensor& x) {
   Shape s = shape(x, "x");
   View in = view(x, "x");
   Tensor out = new_vector(x, {s.B, s.H, s.W, s.C}, ScalarType::Byte);
+  if (in.c == 1 && in.w == s.C && in.h == s.W * s.C) {  // channels last already: one row of values
+    s = {s.B, 1, 1, s.H * s.W * s.C};
+    in = {in.data, in.dtype, in.b, 1, 1, 1};
+  }
   if (!empty(s)) on_device(x, [&](auto device) { to_uint8(device, one_row(s, in), in, static_cast<uint8_t*>(out.data_ptr())); });
   return out;
 }

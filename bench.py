@@ -1,0 +1,281 @@
+"""Speed: against PyTorch, and against the memory.
+
+    python bench.py kernels                 each kernel: ours, eager, torch.compile, and the floor
+    python bench.py kernels --only norm     those whose name contains "norm"
+    python bench.py kernels --device cuda --dtype bfloat16
+    python bench.py model                   the published FFHQ network's one step: as published, and ours
+
+Equality comes first: nothing is timed before "all results match". "eager" is what a PyTorch user would write (the
+functions below), "compiled" is torch.compile of it. The floor is the time in which a copy moves the bytes that the
+kernel cannot but move, each read or written once. Buffers rotate, so that no cache flatters; times are
+wall-clock milliseconds, min / median / max.
+"""
+import argparse
+import copy
+import math
+import time
+import types
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import kernels
+import model
+from kernels import reference
+
+SIGMA_P, DT, ALPHA = 0.2, 0.1, 0.5
+
+
+# --- what a PyTorch user would write ---
+
+
+def eager_noise_augment(x_lr, seeds):
+    x_0 = math.sqrt(1 - SIGMA_P**2) * x_lr + SIGMA_P * torch.randn_like(x_lr)
+    return torch.cat([x_0, x_lr], dim=1)
+
+
+def eager_training_pair(x_1, x_lr, t, seeds):
+    t = t.to(x_1.dtype).view(-1, 1, 1, 1)
+    x_0 = math.sqrt(1 - SIGMA_P**2) * x_lr + SIGMA_P * torch.randn_like(x_lr)
+    x_t = (1 - t) * x_0 + t * x_1
+    return torch.cat([x_t, x_lr], dim=1), x_1 - x_0
+
+
+def eager_euler(x_in, v):
+    x_t, x_lr = x_in.chunk(2, dim=1)
+    return torch.cat([x_t + DT * v, x_lr], dim=1)
+
+
+def eager_euler_in_place(x_in, v):
+    x_in[:, :3].add_(v, alpha=DT)
+    return x_in
+
+
+def eager_rk2(x_in, v1, v2):
+    b1, b2 = reference.rk2_coefficients(ALPHA)
+    x_t, x_lr = x_in.chunk(2, dim=1)
+    return torch.cat([x_t + DT * (b1 * v1 + b2 * v2), x_lr], dim=1)
+
+
+def eager_student_state(x_in, v, t):
+    x_0, x_lr = x_in.chunk(2, dim=1)
+    return torch.cat([x_0 + t.to(v.dtype).view(-1, 1, 1, 1) * v, x_lr], dim=1)
+
+
+def eager_dopri5(x_in, x_t, *k):
+    x_new = x_t + DT * sum(c * v for c, v in zip(reference.DOPRI5_A[5], k) if c)
+    return torch.cat([x_new, x_in[:, 3:]], dim=1)
+
+
+def eager_dopri5_error(x_in, x_t, *k):
+    error = DT * sum(c * v for c, v in zip(reference.DOPRI5_E, k) if c)
+    return (error / (1e-3 + 1e-2 * torch.maximum(x_t.abs(), x_in[:, :3].abs()))).square().mean().sqrt()
+
+
+def eager_distill_loss(v_phi, v_step, v_theta, t, s):
+    t, s = (a.to(v_phi.dtype).view(-1, 1, 1, 1) for a in (t, s))
+    (v_t, v_s, v_0), (u_t, u_0) = v_phi.chunk(3), v_theta.chunk(2)
+    target = (v_t + (s - t) / s * (v_step - v_t)).detach()
+    return torch.stack([F.mse_loss(v_s, target), F.mse_loss((1 - t) * v_t, (1 - t) * u_t), F.mse_loss(v_0, u_0)])
+
+
+def eager_norm(x, weight, bias, scale, shift):
+    y = F.group_norm(x, 32, weight.to(x.dtype), bias.to(x.dtype))
+    return F.silu(y * (1 + scale.to(x.dtype)[:, :, None, None]) + shift.to(x.dtype)[:, :, None, None])
+
+
+def eager_bytes(x):
+    return (x.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def with_gradient(loss, wanted):
+    """Forward and backward: the gradients of the first `wanted` arguments, with the loss's own value."""
+    def run(*args):
+        args = [a.detach().requires_grad_() if i < wanted else a for i, a in enumerate(args)]
+        y = loss(*args)
+        return y, *torch.autograd.grad(y, args[:wanted], y.detach())
+    return run
+
+
+# --- the cases: name, inputs, ours, reference of the same arguments, eager, bytes moved ---
+
+
+def cases(device, dtype):
+    B, C, H, W = 32, 3, 256, 256
+    unit = B * C * H * W * torch.empty((), dtype=dtype).element_size()  # bytes of one (B, 3, H, W)
+    image = lambda batch=1, channels=1: torch.randn(B * batch, C * channels, H, W, device=device).to(dtype)
+    times = lambda: torch.rand(B, device=device) * 0.5 + 0.01
+    seeds = lambda: torch.randint(2**62, (B,), device=device)
+
+    def case(name, make, call, eager, units):
+        return name, make, lambda *a: call(kernels, *a), lambda *a: call(reference, *a), eager, units * unit
+
+    yield case("noise_augment", lambda: (image(), seeds()), lambda k, x, s: k.noise_augment(x, SIGMA_P, s), eager_noise_augment, 3)
+    yield case("flow_training_pair", lambda: (image(), image(), times(), seeds()), lambda k, x, l, t, s: k.flow_training_pair(x, l, t, SIGMA_P, s), eager_training_pair, 5)
+    yield case("euler_step_", lambda: (image(1, 2), image()), lambda k, x, v: k.euler_step_(x, v, DT), eager_euler, 3)
+    yield case("euler_step_ (eager in place)", lambda: (image(1, 2), image()), lambda k, x, v: k.euler_step_(x, v, DT), eager_euler_in_place, 3)
+    yield case("rk2_stage_", lambda: (image(1, 2), image(), image()), lambda k, x, v1, v2: k.rk2_stage_(x, v1, v2, DT, ALPHA), eager_rk2, 4)
+    yield case("student_state", lambda: (image(1, 2), image(), times()), lambda k, x, v, t: k.student_state(x, v, t), eager_student_state, 5)
+    velocities = lambda n: tuple(image() for _ in range(n))
+    yield case("dopri5_stage_", lambda: (image(1, 2), image(), *velocities(6)), lambda k, x, y, *v: k.dopri5_stage_(x, y, list(v), DT), eager_dopri5, 7)
+    yield case("dopri5_error", lambda: (image(1, 2), image(), *velocities(7)), lambda k, x, y, *v: k.dopri5_error(x, y, list(v), DT, 1e-3, 1e-2), eager_dopri5_error, 8)
+    loss = lambda: (image(3), image(), image(2), times(), times() + 0.3)
+    yield case("distill_loss", loss, lambda k, *a: k.distill_loss(*a), eager_distill_loss, 6)
+    yield case("distill_loss, with gradient", loss, lambda k, *a: with_gradient(k.distill_loss, 1)(*a), with_gradient(eager_distill_loss, 1), 15)
+    yield case("to_uint8", lambda: (image(),), lambda k, x: k.to_uint8(x), eager_bytes, 1 + 1 / torch.empty((), dtype=dtype).element_size())
+
+    for shape in ((8, 32, 48, 48), (8, 128, 12, 12), (1, 32, 512, 512), (1, 128, 256, 256)):
+        unit = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
+        for layout in (torch.channels_last, torch.contiguous_format):
+            def make(shape=shape, layout=layout):
+                vector = lambda *size: torch.randn(size, device=device)
+                x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
+                return x, vector(shape[1]), vector(shape[1]), vector(*shape[:2]), vector(*shape[:2])
+            norm = lambda k, x, w, b, s, h: k.group_norm_silu(x, 32, w, b, s, h)
+            name = f"norm {'x'.join(map(str, shape))} {'last' if layout == torch.channels_last else 'first'}"
+            yield case(name, make, norm, eager_norm, 3)
+            if layout == torch.channels_last:
+                yield case(name + ", gradient", make, lambda k, *a, norm=norm: with_gradient(lambda *b: norm(k, *b), 5)(*a), with_gradient(eager_norm, 5), 8)
+
+
+# --- the clock ---
+
+
+def synchronise(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def clock(f, sets, device, seconds=0.6, warm_up=3):
+    """Milliseconds of f on each of the argument sets in turn: (min, median, max)."""
+    for i in range(warm_up):
+        f(*sets[i % len(sets)])
+    times, begin = [], time.perf_counter()
+    while len(times) < 10 or (time.perf_counter() - begin < seconds and len(times) < 1000):
+        synchronise(device)
+        start = time.perf_counter()
+        f(*sets[len(times) % len(sets)])
+        synchronise(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    times.sort()
+    return times[0], times[len(times) // 2], times[-1]
+
+
+def copy_bandwidth(device):
+    """Bytes a millisecond that a copy of 256 MiB reads and writes."""
+    src, dst = torch.ones(2**26, device=device), torch.ones(2**26, device=device)
+    return 2 * src.nbytes / clock(lambda: dst.copy_(src), [()], device)[1]
+
+
+def tensors(out):
+    return [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+
+
+def worst(ours, right):
+    """The largest difference, measured against the largest number."""
+    return max(((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item() for a, b in zip(tensors(ours), tensors(right), strict=True))
+
+
+def bench_kernels(device, dtype, only):
+    if device not in kernels._extension_devices():
+        raise SystemExit(f"there are no fused kernels for {device} tensors here: nothing to compare")
+    # Sums are in another order than the reference's; everything else is its very bits (2^-7: bfloat16 statistics and gradients).
+    tolerance = {torch.float32: 2e-4, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
+    todo = [c for c in cases(device, dtype) if only in c[0]]
+    for name, make, ours, right, _, _ in todo:
+        args = make()
+        error = worst(ours(*(a.clone() for a in args)), right(*(a.clone() for a in args)))
+        if error > (tolerance if "norm" in name or "loss" in name or "error" in name else 0):
+            raise SystemExit(f"{name} does not match its reference: {error:.1e}")
+    print("all results match")
+    bandwidth = copy_bandwidth(device)
+    what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{what}, torch {torch.__version__}, {str(dtype)[6:]}, images 32x3x256x256, copy {bandwidth / 1e6:.1f} GB/s\n")
+    print(f"{'ms, min / median / max':34}{'ours':>24}{'eager':>27}{'compiled':>27}{'floor':>8}{'eager/':>8}{'compiled/':>10}{'floor/':>7}")
+    for name, make, ours, _, eager, moved in todo:
+        sets = [make() for _ in range(min(8, 2 + int(2**28 // moved)))]
+        columns = [clock(f, sets, device) for f in (ours, eager, torch.compile(eager, dynamic=False))]
+        floor, (a, b, c) = moved / bandwidth, (column[1] for column in columns)
+        text = "".join(f"{lo:>9.2f} {mid:>7.2f} {hi:>8.2f} " for lo, mid, hi in columns)
+        print(f"{name:34}{text}{floor:>8.2f}{b / a:>7.1f}x{c / a:>9.1f}x{100 * floor / a:>6.0f}%", flush=True)
+        torch._dynamo.reset()
+
+
+# --- the network ---
+
+
+def as_published(net):
+    """The same weights in plain PyTorch: contiguous, float32, norm, scale-shift and SiLU each on its own."""
+    net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+
+    def forward(self, x, scale_shift=None):
+        y = nn.GroupNorm.forward(self, x)
+        if scale_shift is not None:
+            scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
+            y = y * (1 + scale) + shift
+        return F.silu(y)
+
+    for module in net.modules():
+        if isinstance(module, model.NormSiLU):
+            module.forward = types.MethodType(forward, module)
+    net.input_blocks[0].register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))  # model.py has it channels_last
+    return net
+
+
+def random_network(device):
+    """The published network with random weights, none of its layers zero."""
+    torch.manual_seed(0)
+    net = model.UNet(**model.PRESETS["ffhq"]).to(device).eval().requires_grad_(False)
+    for p in net.parameters():
+        if p.dim() > 1 and not p.any():
+            nn.init.normal_(p, std=0.3 / math.sqrt(p[0].numel()))
+    return net
+
+
+def bench_model(device, size):
+    net = random_network(device)
+    plain, ours = as_published(net), net.to(memory_format=torch.channels_last)
+    x_in, t = torch.randn(1, 6, size, size, device=device), torch.full((1,), 0.5, device=device)
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported() or device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    @torch.inference_mode()
+    def step(network, autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            return network(x_in, t)
+
+    right = step(plain, False)
+    rows = [("float32, as published: contiguous, eager", plain, False, None), ("float32, channels_last, fused norm", ours, False, 1e-4)]
+    if bf16:
+        rows.append(("bfloat16, channels_last, fused norm", ours, True, 3e-2))
+    for name, network, autocast, tolerance in rows[1:]:  # root mean square of the difference, against that of the output
+        error = ((step(network, autocast).float() - right).square().mean() / right.square().mean()).sqrt().item()
+        print(f"{name}: {error:.1e} from the published ({tolerance:.0e} allowed)")
+        if not error < tolerance:
+            raise SystemExit("the results do not match")
+    print("all results match")
+    print(f"FFHQ network, one step, 1x3x{size}x{size}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}\n" if device == "cpu"
+          else f"FFHQ network, one step, 1x3x{size}x{size}, {torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    base = None
+    for name, network, autocast, _ in rows:
+        low, median, high = clock(lambda: step(network, autocast), [()], device, seconds=3, warm_up=1)
+        base = base or median
+        print(f"{name:45}{low:>9.1f} {median:>9.1f} {high:>9.1f} ms{base / median:>7.2f}x", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("what", choices=["kernels", "model"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in")
+    parser.add_argument("--only", default="", help="kernels: those whose name contains this")
+    parser.add_argument("--size", type=int, default=256, help="model: height and width of the picture")
+    args = parser.parse_args()
+    if args.what == "kernels":
+        bench_kernels(args.device, getattr(torch, args.dtype), args.only)
+    else:
+        bench_model(args.device, args.size)
+
+
+if __name__ == "__main__":
+    main()
