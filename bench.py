@@ -13,8 +13,11 @@ wall-clock milliseconds, min / median / max.
 import argparse
 import copy
 import math
+import os
 import time
 import types
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make every time a multiple of the scheduler's slice
 
 import torch
 import torch.nn as nn
@@ -147,12 +150,12 @@ def synchronise(device):
         torch.cuda.synchronize()
 
 
-def clock(f, sets, device, seconds=0.6, warm_up=3):
+def clock(f, sets, device, seconds=0.4, least=10, warm_up=3):
     """Milliseconds of f on each of the argument sets in turn: (min, median, max)."""
     for i in range(warm_up):
         f(*sets[i % len(sets)])
     times, begin = [], time.perf_counter()
-    while len(times) < 10 or (time.perf_counter() - begin < seconds and len(times) < 1000):
+    while len(times) < least or (time.perf_counter() - begin < seconds and len(times) < 1000):
         synchronise(device)
         start = time.perf_counter()
         f(*sets[len(times) % len(sets)])
@@ -258,7 +261,7 @@ def bench_model(device, size):
           else f"FFHQ network, one step, 1x3x{size}x{size}, {torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     base = None
     for name, network, autocast, _ in rows:
-        low, median, high = clock(lambda: step(network, autocast), [()], device, seconds=3, warm_up=1)
+        low, median, high = clock(lambda: step(network, autocast), [()], device, seconds=3, least=5, warm_up=1)
         base = base or median
         print(f"{name:45}{low:>9.1f} {median:>9.1f} {high:>9.1f} ms{base / median:>7.2f}x", flush=True)
 

@@ -8,8 +8,7 @@ The paper's comparisons:    python distill.py --loss boot --solver euler --lambd
 To go on after a stop:      the same command with --init_from resume
 
 The teacher is --teacher, or the newest stage-1 checkpoint of the task under out/, or the shipped one; the task
-(sigma_p and all) is the one it was trained for. Writes ckpt.pt, log.jsonl and pictures of the validation set
-under --out_dir.
+(sigma_p and all) is the one it was trained for. Writes what train_flow.py writes.
 """
 import argparse
 import copy
@@ -32,7 +31,7 @@ import data
 import kernels
 from evaluate import load_lpips, validate
 from model import (EMA, InputError, UNet, count_macs, learning_rate, load_checkpoint, load_model, pick_device, pick_dtype,
-                   save_checkpoint)
+                   save_checkpoint, save_release)
 from sample import RK2_NODES, integrate, mean_slope, one_step
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
@@ -167,12 +166,12 @@ def main(argv=None):
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=device.type != "mps")
     ema = EMA(model, args.ema)
-    step = 0
+    step, scores = 0, {}  # scores: of the last validation
     if checkpoint:
         model.load_state_dict(checkpoint["params"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         ema.load_state_dict(checkpoint["ema"])
-        step = checkpoint["step"]
+        step, scores = checkpoint["step"], checkpoint["scores"]
         now = {**vars(args), "world": world}
         other = [f"{k} was {checkpoint['args'][k]}" for k in ("seed", "batch_size", "gradient_accumulation_steps", "world") if checkpoint["args"][k] != now[k]]
         say(f"resumed at step {step}" + (f", not exactly: {', '.join(other)}" if other else ""))
@@ -199,7 +198,7 @@ def main(argv=None):
         if not all(p.isfinite().all() for p in model.parameters()):
             raise InputError(f"the weights are not finite at step {step}: lower --learning_rate; {out_dir}/ckpt.pt stays as it was")
         save_checkpoint(out_dir / name, dict(
-            stage="distill", task=asdict(task), model=model.config, step=step, args={**vars(args), "world": world},
+            stage="distill", task=asdict(task), model=model.config, step=step, scores=scores, args={**vars(args), "world": world},
             params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
     def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps
@@ -281,6 +280,9 @@ def main(argv=None):
             sums.zero_()
             clock, clock_step = time.time(), step
     bar.close()
+    if master and step >= args.max_iters:
+        ema.copy_to(ema_model)
+        save_release(out_dir / "weights.safetensors", ema_model, dict(stage="distill", task=asdict(task), step=step, scores=scores))
     if ddp:
         dist.destroy_process_group()
     if device.type == "cuda":

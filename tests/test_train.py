@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +104,7 @@ def test_the_flow_learns(photos, tmp_path):
     few = [e["psnr_few"] for e in log_of(tmp_path) if "psnr_few" in e]
     assert len(few) == 6 and few[-1] > few[0] + 1  # dB
     assert (tmp_path / "val_0000120.png").exists()
+    assert load_model(tmp_path / "weights.safetensors")[1]["scores"] == {k: v for k, v in scores.items() if k != "step"}
     model, meta = load_model(tmp_path / "ckpt.pt")
     assert meta["stage"] == "flow" and meta["task"]["sigma_p"] == 0.1
     assert torch.equal(next(model.parameters()), load_checkpoint(tmp_path / "ckpt.pt")["ema"]["shadow_params"][0])
@@ -116,8 +116,9 @@ def test_distillation_starts_from_the_teacher_and_lowers_its_loss(objective, pho
         "--eval_interval", 30, "--solver", "euler")
     log = [e for e in log_of(tmp_path) if "loss" in e]
     assert log[-1]["distill"] < log[0]["distill"] or log[-1]["loss"] < log[0]["loss"]
-    model, meta = load_model(tmp_path / "ckpt.pt")
-    assert meta["stage"] == "distill" and model.one_step
+    for file in ("ckpt.pt", "weights.safetensors"):
+        model, meta = load_model(tmp_path / file)
+        assert meta["stage"] == "distill" and model.one_step
 
 
 def test_the_teacher_is_the_newest_of_its_task(photos, tmp_path, monkeypatch):
