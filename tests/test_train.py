@@ -104,6 +104,7 @@ def test_the_flow_learns(photos, tmp_path):
     few = [e["psnr_few"] for e in log_of(tmp_path) if "psnr_few" in e]
     assert len(few) == 6 and few[-1] > few[0] + 1  # dB
     assert (tmp_path / "val_0000120.png").exists()
+    scores = log_of(tmp_path)[-1]
     assert load_model(tmp_path / "weights.safetensors")[1]["scores"] == {k: v for k, v in scores.items() if k != "step"}
     model, meta = load_model(tmp_path / "ckpt.pt")
     assert meta["stage"] == "flow" and meta["task"]["sigma_p"] == 0.1
