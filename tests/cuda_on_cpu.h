@@ -2,6 +2,7 @@
 // the other, a block's threads as fibers that take turns at __syncthreads(). It checks what a GPU's test would check of
 // indices, sums and the order of shared memory; not races within a warp, nor speed.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -22,40 +23,54 @@ struct dim3 {
 };
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+// A fiber is made once and then runs one thread after the other. swapcontext() is for its first step only: it asks the
+// system to save the signal mask, which _setjmp() and _longjmp() do not.
 struct Fiber {
   ucontext_t context;
+  jmp_buf at;
   std::vector<char> stack = std::vector<char>(1 << 16);
-  bool done;
+  bool made = false, done = true;
 };
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline Fiber* running;
 inline std::function<void()> body;
 
-inline void __syncthreads() { swapcontext(&running->context, &scheduler); }
+inline void __syncthreads() {
+  if (!_setjmp(running->at)) _longjmp(scheduler, 1);
+}
 
 inline void fiber_main() {
-  body();
-  running->done = true;
-  swapcontext(&running->context, &scheduler);
+  for (;;) {
+    __syncthreads();  // until there is a thread to run
+    body();
+    running->done = true;
+  }
+}
+
+inline void resume(Fiber& f) {
+  running = &f;
+  if (_setjmp(scheduler)) return;
+  if (f.made) _longjmp(f.at, 1);
+  f.made = true;
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = f.stack.data();
+  f.context.uc_stack.ss_size = f.stack.size();
+  makecontext(&f.context, fiber_main, 0);
+  setcontext(&f.context);
 }
 
 inline void run_block(dim3 threads) {
-  static std::vector<Fiber> fibers(1024);
+  static std::vector<Fiber> fibers(256);
   unsigned count = threads.x * threads.y, left = count;
   for (unsigned i = 0; i < count; i++) {
-    Fiber& f = fibers[i];
-    f.done = false;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.data();
-    f.context.uc_stack.ss_size = f.stack.size();
-    makecontext(&f.context, fiber_main, 0);
+    if (!fibers[i].made) resume(fibers[i]);
+    fibers[i].done = false;
   }
   while (left) {
     for (unsigned i = count; i-- > 0;) {  // the last first: a missing __syncthreads() shows
       if (fibers[i].done) continue;
-      running = &fibers[i];
       threadIdx = dim3(i % threads.x, i / threads.x);
-      swapcontext(&scheduler, &running->context);
+      resume(fibers[i]);
       left -= fibers[i].done;
     }
   }
