@@ -40,7 +40,7 @@ class Task:
     hflip: float = 0.5
     vflip: float = 0.06
     condition: bool = True  # the network sees x_lr
-    train_files: int = 0  # train on the first N files by name; 0: all that are not for validation
+    train_files: int = 0  # train on the first N files by name; 0: all that are not for validation; -1: those too
     val_list: str = ""  # names of the validation files, in assets/
     paper: str = ""  # where the paper reports it
 
@@ -54,7 +54,7 @@ TASKS = {task.name: task for task in (
     Task("ffhq512_x8", image_size=512, scale=8, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
     Task("div2k", sigma_p=0.2, crop="random", paper="Table 1"),
     Task("imagenet", sigma_p=0.2, model="imagenet", val_list="imagenet_val_100.txt", paper="Table 3"),
-    Task("ffhq_uncond", sigma_p=1.0, loss="l2", hflip=0.0, vflip=0.0, condition=False, paper="Appendix F"),
+    Task("ffhq_uncond", sigma_p=1.0, loss="l2", hflip=0.0, vflip=0.0, condition=False, train_files=-1, paper="Appendix F"),
 )}
 
 
@@ -116,7 +116,7 @@ def read_image(path):
             return rgb_array(im)
     except FileNotFoundError:
         raise InputError(f"no picture at {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow raises for broken files
+    except Exception as e:  # Pillow raises whatever a broken file leads it to: struct.error, SyntaxError, ...
         raise InputError(f"{path} cannot be read as a picture: {e}") from None
 
 
@@ -148,27 +148,27 @@ def find_pictures(task, data_dir=None):
     """The folder of a task, all of its pictures, and those of them that are marked for validation: (Path, [Path], [Path]).
 
     data_dir defaults to data/<task name>, and where there is no data/photos, to the photographs in assets/. Marked
-    are those in a subfolder val/, else those that the task's list names; there may be none. Raises InputError if
-    there is no folder or no picture.
+    are those that the task's list names (whatever their endings), else those in a subfolder val/; there may be none.
+    Raises InputError if there is no folder or no picture.
     """
     folder = Path(data_dir or Path("data") / task.name)
-    if folder == Path("data/photos") and not folder.is_dir():
+    if data_dir is None and task.name == "photos" and not folder.is_dir():
         folder, paths = ASSETS, sorted(ASSETS.glob("*.png"))
         if os.environ.get("RANK", "0") == "0":
             print(f"no folder data/photos: using the {len(paths)} photographs in assets/, enough to see it run "
                   "and far too few to learn from or to judge by (--data_dir names a folder of yours)", file=sys.stderr)
     else:
         paths = list_images(folder)
-    names = set((ASSETS / task.val_list).read_text().split()) if task.val_list else set()
-    return folder, paths, [p for p in paths if folder / "val" in p.parents] or [p for p in paths if p.name in names]
+    stems = {Path(name).stem for name in (ASSETS / task.val_list).read_text().split()} if task.val_list else set()
+    return folder, paths, [p for p in paths if p.stem in stems] or [p for p in paths if folder / "val" in p.parents]
 
 
 def find_data(task, data_dir=None):
     """The training and the validation files of a task: two lists of paths; where none are marked, one in twenty validates."""
     _, paths, val = find_pictures(task, data_dir)
     val = val or paths[::20]
-    held_out = set(val)
-    train = [p for p in paths if p not in held_out][: task.train_files or None]
+    held_out = set(val) if task.train_files >= 0 else set()
+    train = [p for p in paths if p not in held_out][: task.train_files if task.train_files > 0 else None]
     return train or val, val  # a single picture serves as both
 
 
@@ -262,10 +262,19 @@ def training_batches(paths, task, seed, batch_size, start, rank, world, num_work
 
 
 def validation_pictures(paths, task, count):
-    """The middles of the first `count` files, spread evenly: (N, 3, S, S) uint8, S = 256 or the task's size if larger."""
-    size = max(task.image_size, 256) if task.crop == "random" else task.image_size
-    return torch.stack([torch.from_numpy(np.array(center_crop(Image.fromarray(read_image(p)), size)).transpose(2, 0, 1))
-                        for p in spread(paths, count)])
+    """The middles of `count` of the files, spread evenly: (N, 3, S, S) uint8, S = 256 or the task's size if larger.
+
+    A broken one is left out with a warning; InputError if none is left.
+    """
+    size, pictures = max(task.image_size, 256) if task.crop == "random" else task.image_size, []
+    for p in spread(paths, count):
+        try:
+            pictures.append(torch.from_numpy(np.array(center_crop(Image.fromarray(read_image(p)), size)).transpose(2, 0, 1)))
+        except InputError as e:
+            print(f"skipped for validation: {e}", file=sys.stderr)
+    if not pictures:
+        raise InputError("none of the validation pictures can be read")
+    return torch.stack(pictures)
 
 
 def image_seeds(seed, numbers):
@@ -292,7 +301,7 @@ def H(x, degradation, scale):
         raise ValueError(f"{x.shape[-2]} x {x.shape[-1]} is not a multiple of the scale {scale}")
     if degradation == "avgpool":
         return F.avg_pool2d(x, scale)
-    return F.interpolate(x, scale_factor=1 / scale, mode="bicubic", antialias=True)
+    return F.interpolate(x, size=(x.shape[-2] // scale, x.shape[-1] // scale), mode="bicubic", antialias=True)
 
 
 def H_T(y, degradation, scale):
@@ -314,7 +323,7 @@ def degrade(x_1, task, seeds):
 
 
 def measure_sigma_d(paths, task, seed, count=256):
-    """sigma_d of the preconditioning: the standard deviation of x_1 - x_lr over the first `count` training pictures."""
+    """sigma_d of the preconditioning: the root mean square of x_1 - x_lr (whose mean is about 0) over `count` crops, in training's order."""
     batches = training_batches(paths, task, seed, min(count, 32), 0, 0, 1, 0)
     total, pixels = 0.0, 0
     for _ in range(max(1, count // 32)):

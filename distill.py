@@ -31,7 +31,7 @@ import data
 import kernels
 from evaluate import load_lpips, validate
 from model import (EMA, InputError, UNet, count_macs, learning_rate, load_checkpoint, load_model, pick_device, pick_dtype,
-                   save_checkpoint, save_release)
+                   resume, rewind_log, save_checkpoint, save_release)
 from sample import RK2_NODES, integrate, mean_slope, one_step
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
@@ -52,7 +52,7 @@ def parse_args(argv):
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill)")
     p.add_argument("--init_from", default="teacher", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
-    p.add_argument("--seed", type=whole, default=1337, help="fixes order, crops, flips and noise")
+    p.add_argument("--seed", type=data.in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips and noise")
     p.add_argument("--batch_size", type=data.in_range(int, 1), default=32, help="pictures a step and process")
     p.add_argument("--gradient_accumulation_steps", type=data.in_range(int, 1), default=1, help="batches summed before an update")
     p.add_argument("--max_iters", type=data.in_range(int, 1), default=20_000, help="updates in all")
@@ -112,8 +112,11 @@ def pinn_error(v_t, v_s, v_step, t, s):
 def find_teacher(task_name):
     """The newest stage-1 checkpoint of that task under out/, else the shipped one for photos. Raises InputError."""
     for path in sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
-        checkpoint = load_checkpoint(path)
-        if checkpoint["stage"] == "flow" and checkpoint["task"]["name"] == task_name:
+        try:
+            checkpoint = load_checkpoint(path)
+        except InputError:  # somebody else's, or broken
+            continue
+        if checkpoint.get("stage") == "flow" and checkpoint["task"]["name"] == task_name:
             return path
     if task_name == "photos" and TEACHER.is_file():
         return TEACHER
@@ -122,19 +125,23 @@ def find_teacher(task_name):
 
 def main(argv=None):
     args = parse_args(argv)
-    teacher, meta = load_model(args.teacher or find_teacher(args.dataset), model=args.model or data.TASKS[args.dataset].model)
+    out_dir = Path(args.out_dir or f"out/{args.dataset}_distill")
+    if args.init_from == "resume" and args.teacher is None:
+        args.teacher = load_checkpoint(out_dir / "ckpt.pt")["args"].get("teacher")
+    args.teacher = str(args.teacher or find_teacher(args.dataset))
+    teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
     if meta["stage"] == "distill":
         raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
+    if meta["task"] and meta["task"]["name"] != args.dataset:
+        raise InputError(f"{args.teacher} was trained for {meta['task']['name']}: say --dataset {meta['task']['name']}")
     task = data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None)
-    out_dir = Path(args.out_dir or f"out/{task.name}_distill")
 
     # --- processes and device ---
-    ddp = "RANK" in os.environ
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(args.device, local)
+    rank, world, local_world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    device = pick_device(args.device)
+    ddp, master = world > 1, rank == 0
     if ddp:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    master = rank == 0
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     dtype = pick_dtype(args.dtype, device)
     autocast = (lambda: torch.autocast(device.type, dtype)) if dtype != torch.float32 else nullcontext
     torch.manual_seed(args.seed)
@@ -144,15 +151,16 @@ def main(argv=None):
     train_paths, val_paths = data.find_data(task, args.data_dir)
 
     # --- model ---
-    checkpoint = load_checkpoint(out_dir / "ckpt.pt") if args.init_from == "resume" else None
-    if not checkpoint and (out_dir / "ckpt.pt").exists() and not args.dry_run:
+    now, checkpoint, start = {**vars(args), "world": world}, None, teacher
+    if args.init_from == "resume":
+        checkpoint, other = resume(out_dir / "ckpt.pt", "distill", asdict(task), now)
+    elif (out_dir / "ckpt.pt").exists() and not args.dry_run:
         raise InputError(f"{out_dir} holds a training already: --init_from resume goes on with it, another --out_dir leaves it alone")
-    if checkpoint:
-        if changed := [f"{k} {checkpoint['task'][k]}, not {v}" for k, v in asdict(task).items() if checkpoint["task"][k] != v]:
-            raise InputError(f"{out_dir}/ckpt.pt was trained with {'; '.join(changed)}: to resume, give the same")
-    start = teacher if args.init_from in ("teacher", "resume") else load_model(args.init_from, model=task.model)[0]
-    model = UNet(**{**start.config, "one_step": True})
-    model.load_state_dict(start.state_dict())
+    elif args.init_from != "teacher":
+        start = load_model(args.init_from, model=task.model)[0]
+    model = UNet(**(checkpoint["model"] if checkpoint else {**start.config, "one_step": True}))
+    if not checkpoint:
+        model.load_state_dict(start.state_dict())
     if task.image_size % model.multiple:
         raise InputError(f"--image_size {task.image_size} is not a multiple of {model.multiple}, which the network {task.model!r} needs")
     say(f"{task}")
@@ -172,22 +180,17 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         ema.load_state_dict(checkpoint["ema"])
         step, scores = checkpoint["step"], checkpoint["scores"]
-        now = {**vars(args), "world": world}
-        other = [f"{k} was {checkpoint['args'][k]}" for k in ("seed", "batch_size", "gradient_accumulation_steps", "world") if checkpoint["args"][k] != now[k]]
-        say(f"resumed at step {step}" + (f", not exactly: {', '.join(other)}" if other else ""))
+        say(f"resumed at step {step}" + (f", not as before: {', '.join(f'--{k}' for k in other)}" if other else ""))
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     net = torch.compile(model) if args.compile else model
-    net = DistributedDataParallel(net, device_ids=[local] if device.type == "cuda" else None) if ddp else net
+    net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None) if ddp else net
     lpips = load_lpips(args.lpips_backbone, device) if master else None
     val = data.validation_pictures(val_paths, task, args.eval_pictures) if master else None
 
     # --- logging, saving, stopping ---
-    log_path, lines = out_dir / "log.jsonl", []
+    log_path = out_dir / "log.jsonl"
     if master:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if checkpoint and log_path.exists():  # what came after the checkpoint will come again
-            lines = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log_path.write_text("".join(line + "\n" for line in lines))
+        rewind_log(log_path, step)
 
     def log(entry):
         with open(log_path, "a") as f:
@@ -198,7 +201,7 @@ def main(argv=None):
         if not all(p.isfinite().all() for p in model.parameters()):
             raise InputError(f"the weights are not finite at step {step}: lower --learning_rate; {out_dir}/ckpt.pt stays as it was")
         save_checkpoint(out_dir / name, dict(
-            stage="distill", task=asdict(task), model=model.config, step=step, scores=scores, args={**vars(args), "world": world},
+            stage="distill", task=asdict(task), model=model.config, step=step, scores=scores, args=now,
             params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
     def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps
@@ -206,17 +209,17 @@ def main(argv=None):
             return {**{f"t{t:g}": one_step(ema_model, x_in, t) for t in (0, 0.5, 1)},
                     "teacher": integrate(teacher, x_in, "midpoint", args.eval_steps)[0]}
 
-    stop = 0  # the signal that asked for it
+    asked = stop = 0  # the signal that came, and the one that all processes have agreed to stop for
 
     def ask_to_stop(signum, frame):
-        nonlocal stop
-        stop = signum
+        nonlocal asked
+        asked = signum
 
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, ask_to_stop)
 
     # --- the loop ---
-    workers = args.num_workers if args.num_workers >= 0 else 0 if device.type == "cpu" else min(8, os.cpu_count() // max(1, world))
+    workers = args.num_workers if args.num_workers >= 0 else 0 if device.type == "cpu" else min(8, os.cpu_count() // local_world)
     per_step = args.batch_size * args.gradient_accumulation_steps * world  # pictures
     batches = data.training_batches(train_paths, task, args.seed, args.batch_size, step * per_step, rank, world, workers)
     bar = tqdm(total=args.max_iters, initial=step, disable=None if master else True, unit="step")
@@ -260,8 +263,9 @@ def main(argv=None):
         step += 1
         bar.update()
 
-        if ddp:  # all processes stop together, at the same step
-            flag = torch.tensor(stop, device=device)
+        stop = asked
+        if ddp:  # all stop together, at the same step; on the CPU, so that no GPU waits
+            flag = torch.tensor(asked)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             stop = int(flag)
         if step % args.log_interval == 0:
@@ -295,5 +299,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
-        sys.exit(f"distill.py: {str(e).splitlines()[-1]}")  # one from a loader's process comes wrapped in its traceback
+    except (InputError, OSError) as e:  # one from a loader's process comes wrapped in its traceback
+        sys.exit(f"distill.py: {str(e).splitlines()[-1].removeprefix('model.InputError: ')}")

@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from PIL import Image
 import data
 from kernels import noise_augment, to_uint8
 from model import InputError, UNet, atomic_write, count_macs, load_model, pick_device, pick_dtype
-from sample import SOLVERS, auto_tile, dial, restore, tile_size
+from sample import SOLVERS, auto_tile, check_tile, dial, restore, tile_size
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = (WEIGHTS / "photos_x4.safetensors", WEIGHTS / "photos_x4_flow.safetensors")
@@ -180,7 +180,7 @@ def validate(predict, x_1, task, lpips, device):
         shown = {name: to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
         for name, x in shown.items():
             scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
-            if lpips:
+            if lpips and min(picture.shape[1:]) >= 32:  # AlexNet's pooling leaves nothing of less
                 scores.setdefault(f"lpips_{name}", []).append(lpips(data.to_float(x), truth).item())
         if i < 4:
             rows.append(torch.cat([x[0].cpu() for x in shown.values()] + [picture], dim=2))
@@ -273,8 +273,7 @@ def load_network(path, device, args):
         if meta["task"] and args.sigma_p is None:
             task = replace(task, sigma_p=meta["task"]["sigma_p"])  # the network's own: the rest is the data's
     elif meta["task"]:
-        given = {f.name: v for f in fields(data.Task) if f.name != "name" and (v := getattr(args, f.name, None)) is not None}
-        task = replace(data.Task(**meta["task"]), **given)
+        task = data.resolve_task(args, data.Task(**meta["task"]))
     else:
         raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
     if not task.condition:
@@ -444,8 +443,7 @@ def solvers(text):
 
 def check_flags(args):
     """What can be known to be wrong before any work. Raises InputError."""
-    if args.tile != "auto" and 0 < args.tile <= 2 * args.tile_pad:
-        raise InputError(f"--tile {args.tile} must be larger than twice --tile_pad ({2 * args.tile_pad})")
+    check_tile(args.tile, args.tile_pad)
     if args.pairs and (idle := [f for f in ("ckpt", "data_dir", "pictures", "t", "solver", "steps", "plot") if getattr(args, f)]):
         raise InputError(f"--pairs measures two folders as they are: it goes without --{idle[0]}")
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
@@ -495,8 +493,8 @@ def describe(networks, rows, task, what, args, dtype, device):
 def main(argv=None):
     args = parse_args(argv)
     check_flags(args)
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(args.device, local)
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.pairs:
         return measure_pairs(args, device) if rank == 0 else None

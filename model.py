@@ -42,6 +42,8 @@ def network_config(preset, condition=True, sigma_p=None, sigma_d=None):
     if config.get("precond"):
         if not sigma_p or not condition:
             raise InputError(f"the network {preset!r} is preconditioned, which takes sigma_p > 0 and the condition x_lr")
+        if not sigma_d:
+            raise InputError("x_lr equals x_1 on all training pictures: there is nothing to restore (is --scale 1?)")
         config["precond"] = dict(sigma_p=sigma_p, sigma_d=sigma_d)
     return config
 
@@ -216,7 +218,8 @@ class UNet(nn.Module):
 def count_macs(model, height, width):
     """Multiply-accumulates of convolutions, linear layers and attention for one picture of height x width, as run."""
     from torch.utils.flop_counter import FlopCounterMode
-    meta = UNet(**model.config).to("meta")
+    with torch.device("meta"):
+        meta = UNet(**model.config)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta(torch.empty(1, 6, height, width, device="meta"), torch.empty(1, device="meta"))
     return counter.get_total_flops() // 2
@@ -225,12 +228,14 @@ def count_macs(model, height, width):
 # --- machine ---
 
 
-def pick_device(name="auto", local_rank=0):
+def pick_device(name="auto"):
     """auto is the first that is there of cuda, mps, cpu; under torchrun each process takes its own GPU. Raises InputError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("there are cuda, mps and cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"no device {name!r} here: {str(e).splitlines()[0]}") from None
@@ -261,6 +266,32 @@ def learning_rate(step, args):
     return args.learning_rate * {"none": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[args.lr_decay]
 
 
+def resume(path, stage, task, args):
+    """The checkpoint to go on from, for a run of that stage, task (a dict) and arguments (a dict). Raises InputError if it is another run's.
+
+    Returns (checkpoint, names of the arguments that differ, which make the continuation another one than an uninterrupted run).
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("stage") != stage:
+        raise InputError(f"{path} is not a checkpoint of this script (its stage is {checkpoint.get('stage')}, not {stage})")
+    if changed := [f"{k} {checkpoint['task'].get(k)}, not {v}" for k, v in task.items() if checkpoint["task"].get(k) != v]:
+        raise InputError(f"{path} was trained with {'; '.join(changed)}: to resume, give the same")
+    free = {"init_from", "max_iters", "out_dir", "data_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
+            "always_save_checkpoint", "lpips_backbone", "num_workers", "compile", "dry_run", "dataset", *task}
+    return checkpoint, [k for k, v in args.items() if k not in free and checkpoint["args"].get(k) != v]
+
+
+def rewind_log(path, step):
+    """Drop from a log.jsonl what came after `step`, which will come again, and a line that a kill cut short."""
+    def wanted(line):
+        try:
+            return json.loads(line)["step"] <= step
+        except ValueError:
+            return False
+    lines = [line for line in path.read_text().splitlines() if wanted(line)] if path.exists() else []
+    atomic_write(path, lambda tmp: tmp.write_text("".join(line + "\n" for line in lines)))
+
+
 class EMA:
     """Exponential moving average of a model's parameters, warmed up: decay_n = min(decay, (1 + n) / (10 + n))."""
 
@@ -284,7 +315,7 @@ class EMA:
         return dict(decay=self.decay, num_updates=self.num_updates, shadow_params=self.shadow_params)
 
     def load_state_dict(self, state):
-        self.decay, self.num_updates = state["decay"], state["num_updates"]
+        self.num_updates = state["num_updates"]
         torch._foreach_copy_(self.shadow_params, list(state["shadow_params"]))
 
 
@@ -292,17 +323,23 @@ class EMA:
 
 
 def atomic_write(path, write):
-    """write(temporary path), then rename: whoever reads `path`, at whatever moment, finds a whole file, old or new."""
+    """write(temporary path), then rename: whoever reads `path`, at whatever moment, finds a whole file, old or new.
+
+    Raises InputError where the system refuses: no permission, a full disk, a file where a folder should be.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp")  # always the same name: what a killed process left is overwritten
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except (OSError, RuntimeError) as e:  # RuntimeError: torch.save's, when the disk is full
+        raise InputError(f"cannot write {path}: {e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]}") from e
     finally:
-        tmp.unlink(missing_ok=True)
+        if tmp.parent.is_dir():
+            tmp.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, checkpoint):
@@ -359,7 +396,8 @@ def load_model(path, device="cpu", model=None):
     if not meta or not meta.get("model"):
         if model is None:
             raise InputError(f"{path} does not say which network it holds: name it with --model {{{','.join(PRESETS)}}}")
-        meta = {"stage": None, "task": None, "step": None, "model": PRESETS[model]}
+        meta = {"model": PRESETS[model]}
+    meta = {"stage": None, "task": None, "step": None, **meta}
     with torch.device("meta"):
         net = UNet(**meta["model"])
     names = list(net.state_dict())

@@ -35,6 +35,7 @@ WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
 RK2_NODES = {"midpoint": 1 / 2, "ralston": 2 / 3, "heun": 1.0}
 SOLVERS = ("euler", *RK2_NODES, "rk45")
 WHOLE = 1280 * 1280  # output pixels up to which a picture is restored in one piece (--tile auto)
+STEPS = 8  # of a solver, unless told
 TILE = 768  # side of the tiles above that
 
 
@@ -91,8 +92,8 @@ def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3):
 
 def _rk45(v, x_in, rtol, atol):
     """Dormand-Prince with scipy's step control (the batch is one system), so that it takes the steps of scipy's RK45."""
-    def rms(x):
-        return x.double().square().mean().sqrt().item()
+    def rms(x):  # on the CPU, since not every device has float64
+        return x.cpu().double().square().mean().sqrt().item()
 
     x_t, t = x_in[:, :3].clone(), 0.0
     k = [v(t)]
@@ -165,6 +166,7 @@ def restore(model, x_lr, sigma_p, seeds, t=0.5, solver=None, steps=8, rtol=1e-3,
     canvas from seeds (B,) int64; each picture is then restored alone, in tiles of side `tile` that overlap by
     2 tile_pad and blend (0: in one piece), so that the batch does not change a pixel.
     """
+    check_tile(tile, tile_pad)
     B, _, H, W = x_lr.shape
     device, m = next(model.parameters()).device, model.multiple
     canvas = [-(-max(size, 64) // m) * m for size in (H, W)]  # group norm wants something to average over
@@ -189,6 +191,24 @@ def auto_tile(height, width):
     return TILE if height * width > WHOLE else 0
 
 
+def check_tile(tile, tile_pad):
+    """Raises InputError where tiles of that size (0: none, "auto") would be all overlap."""
+    side = TILE if tile == "auto" else tile
+    if 0 < side <= 2 * tile_pad:
+        raise InputError(f"--tile {side} must be larger than twice --tile_pad ({2 * tile_pad})")
+
+
+def choose(stage, t, solver, steps):
+    """What a checkpoint of that stage is asked for: (ts, None) of a student, ([0], solver) of a flow. Raises InputError if it cannot."""
+    if stage == "distill" and (solver or steps):
+        raise InputError("this checkpoint is a one-step student: it takes --t, not --solver or --steps")
+    if stage == "flow" and t:
+        raise InputError("this checkpoint is a stage-1 flow: it takes --solver and --steps; --t is the dial of a distilled student")
+    if stage is None and bool(t) == bool(solver):
+        raise InputError("this checkpoint does not say what it is: give --t if it is a distilled student, --solver if it is a stage-1 flow")
+    return ([0.0], solver or "midpoint") if stage == "flow" or solver else (t or [0.5], None)
+
+
 # --- from Python ---
 
 
@@ -205,17 +225,22 @@ def load(ckpt=None, device="auto", preset=None):
     return _load(str(path), pick_device(device), preset, path.stat().st_mtime if path.is_file() else None)
 
 
-def upscale(image, t=0.5, seed=0, ckpt=None, device="auto", dtype="auto", tile="auto", **how):
+def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile="auto", solver=None, steps=None, **how):
     """A picture, larger by the scale the network was trained for (4 for the shipped one).
 
-    image: a PIL picture of any mode, or a uint8 array (H, W, 3); t in [0, 1], 0 the most faithful, 1 the most realistic; `how` goes to
-    `restore` (solver, steps, rtol, atol, tile_pad). Returns the same kind as image. Raises InputError.
+    image: a PIL picture of any mode, or a uint8 array (H, W, 3); t in [0, 1] (default 0.5), 0 the most faithful, 1 the most realistic;
+    solver and steps instead of t for a stage-1 flow; `how` goes to `restore` (rtol, atol, tile_pad). Returns the same
+    kind as image. Raises InputError.
     """
-    net, _, task = load(ckpt, device)
+    net, stage, task = load(ckpt, device)
+    if t is not None and not 0 <= t <= 1:
+        raise InputError(f"t goes from 0 (fidelity) to 1 (realism), not {t}")
+    ts, solver = choose(stage, None if t is None else [t], solver, steps)
     array = data.rgb_array(image) if isinstance(image, Image.Image) else np.array(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise InputError(f"an array should be uint8 (H, W, 3), not {array.dtype} {array.shape}")
-    out = upscale_array(net, task or data.TASKS["photos"], array, [t], seed, pick_dtype(dtype, pick_device(device)), tile, **how)[0][0]
+    dtype = pick_dtype(dtype, pick_device(device))
+    out = upscale_array(net, task or data.TASKS["photos"], array, ts, seed, dtype, tile, solver=solver, steps=steps or STEPS, **how)[0][0]
     return Image.fromarray(out) if isinstance(image, Image.Image) else out
 
 
@@ -242,7 +267,7 @@ def parse_args(argv):
     p.add_argument("-r", "--recursive", action="store_true", help="look into folders below folders, and mirror them")
     p.add_argument("--t", type=dial, help="0 fidelity to 1 realism, one number or a sweep as 0,0.5,1 (default: 0.5)")
     p.add_argument("--solver", choices=SOLVERS, help="integrate a stage-1 flow instead (default for a stage-1 checkpoint: midpoint)")
-    p.add_argument("--steps", type=data.in_range(int, 1), default=8, help="steps of the solver")
+    p.add_argument("--steps", type=data.in_range(int, 1), help=f"steps of the solver (default: {STEPS})")
     p.add_argument("--rtol", type=data.in_range(float, 1e-6), default=1e-3, help="relative tolerance of rk45")
     p.add_argument("--atol", type=data.in_range(float, 1e-6), default=1e-3, help="absolute tolerance of rk45")
     p.add_argument("--ckpt", help="weights: a ckpt.pt, a .safetensors or a published file (default: the shipped student)")
@@ -252,7 +277,7 @@ def parse_args(argv):
     p.add_argument("--seed", type=data.in_range(int, 0, 2**63 - 1), default=0, help="of the noise in x_0, the same for every picture")
     p.add_argument("--tile", type=tile_size, default="auto", help="side of the tiles in output pixels; 0: never tile (default: auto)")
     p.add_argument("--tile_pad", type=data.in_range(int, 1), default=32, help="half the width over which tiles blend")
-    p.add_argument("--suffix", default="_x4", help="put after each name (default: _x4)")
+    p.add_argument("--suffix", help="put after each name (default: the enlargement, as _x4)")
     p.add_argument("--ext", choices=("auto", "png", "jpg", "webp"), default="auto", help="format; auto: the input's, png if it is none of these")
     p.add_argument("--quality", type=data.in_range(int, 1, 100), default=95, help="of jpg and webp")
     p.add_argument("--strip", action="store_true", help="also write the input (repeated pixels) and all results side by side, ..._strip.png")
@@ -263,8 +288,6 @@ def parse_args(argv):
     args.inputs += args.input
     if not args.inputs:
         p.error("name a picture, a folder or a pattern")
-    if args.tile != "auto" and 0 < args.tile <= 2 * args.tile_pad:
-        p.error(f"--tile {args.tile} must be larger than twice --tile_pad ({2 * args.tile_pad})")
     return args
 
 
@@ -282,7 +305,7 @@ def tile_size(text):
     return "auto" if text == "auto" else data.in_range(int, 0)(text)
 
 
-def find_pictures(inputs, recursive):
+def find_inputs(inputs, recursive):
     """[(path, its place below the folder or pattern that named it)], in the order given. Raises InputError."""
     found = []
     for name in inputs:
@@ -302,7 +325,10 @@ def find_pictures(inputs, recursive):
 
 
 def plan_outputs(pictures, args, ts):
-    """For each picture the paths to write, one for each t. Raises InputError where two pictures, or input and output, would meet."""
+    """For each picture the paths to write: one for each t, then that of the strip, if there is to be one.
+
+    Raises InputError where two of them, or one and an input, would meet.
+    """
     to_file = Path(args.output).suffix.lower() in data.EXTENSIONS and not Path(args.output).is_dir()
     if to_file and len(pictures) > 1:
         raise InputError(f"{len(pictures)} pictures do not fit in one file: -o {args.output} should name a folder")
@@ -312,6 +338,7 @@ def plan_outputs(pictures, args, ts):
         ending = ending if ending in (".png", ".jpg", ".jpeg", ".webp") else ".png"
         base = Path(args.output) if to_file else Path(args.output) / place.with_name(place.stem + args.suffix + ending)
         outs = [base.with_name(f"{base.stem}_t{t:g}{base.suffix}") for t in ts] if len(ts) > 1 else [base]
+        outs += [base.with_name(f"{base.stem}_strip.png")] * args.strip
         for out in outs:
             if (other := taken.setdefault(out.resolve(), path)) is not path or out.resolve() == path.resolve():
                 raise InputError(f"{path} and {other} would meet at {out}: choose another -o, --suffix or --ext")
@@ -321,7 +348,7 @@ def plan_outputs(pictures, args, ts):
 
 def save(path, array, args, note):
     """Write one result; PNG carries `note` as text under the key oftsr."""
-    if path.suffix == ".png":
+    if path.suffix.lower() == ".png":
         text = PngImagePlugin.PngInfo()
         text.add_text("oftsr", json.dumps(note))
         data.write_image(path, array, pnginfo=text)
@@ -336,41 +363,39 @@ def main(argv=None):
     if task and args.dataset:
         raise InputError(f"this checkpoint says its task ({task.name}): --dataset is for files that do not")
     task = task or data.TASKS[args.dataset or "photos"]
-    if stage == "distill" and args.solver:
-        raise InputError("this checkpoint is a one-step student: it takes --t, not --solver")
-    if stage == "flow" and args.t:
-        raise InputError("this checkpoint is a stage-1 flow: it takes --solver and --steps; --t is the dial of a distilled student")
-    solver = args.solver or ("midpoint" if stage == "flow" else None)
-    ts = [0.0] if solver else args.t or [0.5]
+    ts, solver = choose(stage, args.t, args.solver, args.steps)
+    check_tile(args.tile, args.tile_pad)
+    if args.suffix is None:
+        args.suffix = f"_x{args.outscale or task.scale:g}"
     dtype = pick_dtype(args.dtype, device)
-    how = dict(tile=args.tile, tile_pad=args.tile_pad, solver=solver, steps=args.steps, rtol=args.rtol, atol=args.atol)
+    how = dict(tile=args.tile, tile_pad=args.tile_pad, solver=solver, steps=args.steps or STEPS, rtol=args.rtol, atol=args.atol)
     note = dict(seed=args.seed, weights=Path(args.ckpt or WEIGHTS).name, dtype=str(dtype).removeprefix("torch."), tile=args.tile)
 
-    pictures = find_pictures(args.inputs, args.recursive)
+    pictures = find_inputs(args.inputs, args.recursive)
     plan = list(zip(pictures, plan_outputs(pictures, args, ts), strict=True))
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     done = skipped = 0
     for (path, _), outs in plan[rank::world]:  # under torchrun the processes share the list
-        todo = [(t, out) for t, out in zip(ts, outs, strict=True) if not (args.skip_existing and out.exists())]
+        todo = [(t, out) for t, out in zip(ts, outs, strict=False) if not (args.skip_existing and out.exists())]
         try:
             start = time.time()
             array = data.read_image(path)
             results = upscale_array(net, task, array, [t for t, _ in todo], args.seed, dtype, **how)
-            if args.strip and todo:
+            if args.strip and len(todo) == len(ts):
                 enlarged = array.repeat(task.scale, axis=0).repeat(task.scale, axis=1)
-                data.write_image(outs[0].with_name(f"{path.stem}{args.suffix}_strip.png"), np.hstack([enlarged, *(big for big, _ in results)]))
+                data.write_image(outs[-1], np.hstack([enlarged, *(big for big, _ in results)]))
             for (t, out), (big, nfe) in zip(todo, results, strict=True):
                 if args.outscale:
-                    size = [round(s * args.outscale) for s in (array.shape[1], array.shape[0])]
+                    size = [max(1, round(s * args.outscale)) for s in (array.shape[1], array.shape[0])]
                     big = np.asarray(Image.fromarray(big).resize(size, Image.LANCZOS))
                 save(out, big, args, {**note, **(dict(solver=solver, nfe=nfe) if solver else dict(t=t))})
                 print(f"{path} {array.shape[1]}x{array.shape[0]} -> {out} {big.shape[1]}x{big.shape[0]}, "
                       f"{f'{solver}, {nfe} evaluations' if solver else f't {t:g}'}, {time.time() - start:.1f} s", flush=True)
                 start = time.time()
             done += 1
-        except (InputError, OSError) as e:
+        except (InputError, OSError, ArithmeticError, torch.OutOfMemoryError) as e:  # rk45 that fails; a picture too large
             skipped += 1
-            print(f"skipped: {e}", file=sys.stderr)
+            print(f"skipped: {'' if isinstance(e, InputError) else f'{path}: '}{str(e).splitlines()[0]}", file=sys.stderr)
     if done + skipped > 1 or skipped:
         print(f"{done} done, {skipped} skipped", file=sys.stderr if skipped else sys.stdout)
     return 1 if skipped else 0

@@ -42,7 +42,7 @@ setup(
     py_modules=["model", "data", "sample", "evaluate", "train_flow", "distill"],
     packages=["kernels"],
     package_data={"kernels": ["csrc/*"]},
-    install_requires=["torch", "numpy", "pillow", "safetensors", "tqdm", "ninja", "lpips", "scipy"],
+    install_requires=["torch>=2.10", "numpy", "pillow>=10.1", "safetensors", "tqdm", "ninja", "lpips", "scipy"],
     extras_require={"test": ["pytest", "matplotlib"], "plot": ["matplotlib"]},
     **kernels(),
 )

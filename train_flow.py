@@ -30,8 +30,8 @@ from tqdm import tqdm
 import data
 import kernels
 from evaluate import load_lpips, validate
-from model import (EMA, PRESETS, InputError, UNet, count_macs, learning_rate, load_checkpoint, load_model, network_config,
-                   pick_device, pick_dtype, save_checkpoint, save_release)
+from model import (EMA, PRESETS, InputError, UNet, count_macs, learning_rate, load_model, network_config,
+                   pick_device, pick_dtype, resume, rewind_log, save_checkpoint, save_release)
 from sample import integrate, one_step
 
 
@@ -43,7 +43,7 @@ def parse_args(argv):
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
     p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
-    p.add_argument("--seed", type=whole, default=1337, help="fixes order, crops, flips, noise and initial weights")
+    p.add_argument("--seed", type=data.in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips, noise and initial weights")
     p.add_argument("--batch_size", type=data.in_range(int, 1), default=32, help="pictures a step and process")
     p.add_argument("--gradient_accumulation_steps", type=data.in_range(int, 1), default=1, help="batches summed before an update")
     p.add_argument("--max_iters", type=data.in_range(int, 1), default=100_000, help="updates in all")
@@ -78,35 +78,45 @@ def main(argv=None):
     out_dir = Path(args.out_dir or f"out/{task.name}_flow")
 
     # --- processes and device ---
-    ddp = "RANK" in os.environ
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = pick_device(args.device, local)
+    rank, world, local_world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    device = pick_device(args.device)
+    ddp, master = world > 1, rank == 0
     if ddp:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    master = rank == 0
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     dtype = pick_dtype(args.dtype, device)
     autocast = (lambda: torch.autocast(device.type, dtype)) if dtype != torch.float32 else nullcontext
     torch.manual_seed(args.seed)  # the initial weights; everything else is drawn by picture number
     say = tqdm.write if master else lambda text: None
 
     # --- data ---
-    train_paths, val_paths = data.find_data(task, args.data_dir)
+    try:
+        train_paths, val_paths = data.find_data(task, args.data_dir)
+    except InputError as e:
+        if not args.dry_run:
+            raise
+        train_paths, val_paths = [], []
+        say(str(e))
 
     # --- model ---
-    checkpoint = load_checkpoint(out_dir / "ckpt.pt") if args.init_from == "resume" else None
-    if not checkpoint and (out_dir / "ckpt.pt").exists() and not args.dry_run:
-        raise InputError(f"{out_dir} holds a training already: --init_from resume goes on with it, another --out_dir leaves it alone")
-    if checkpoint:
-        if changed := [f"{k} {checkpoint['task'][k]}, not {v}" for k, v in asdict(task).items() if checkpoint["task"][k] != v]:
-            raise InputError(f"{out_dir}/ckpt.pt was trained with {'; '.join(changed)}: to resume, give the same")
+    now, checkpoint = {**vars(args), "world": world}, None
+    if args.init_from == "resume":
+        checkpoint, other = resume(out_dir / "ckpt.pt", "flow", asdict(task), now)
         config = checkpoint["model"]
+    elif (out_dir / "ckpt.pt").exists() and not args.dry_run:
+        raise InputError(f"{out_dir} holds a training already: --init_from resume goes on with it, another --out_dir leaves it alone")
     elif args.init_from != "scratch":
         start, meta = load_model(args.init_from, model=task.model)
         config = meta["model"]
+        if meta["stage"] == "distill":
+            raise InputError(f"{args.init_from} is a distilled student: stage 1 starts from scratch or from a flow")
+        if config.get("precond") and config["precond"]["sigma_p"] != task.sigma_p:
+            raise InputError(f"{args.init_from} was trained with --sigma_p {config['precond']['sigma_p']}, not {task.sigma_p}: give the same")
     else:
-        sigma_d = data.measure_sigma_d(train_paths, task, args.seed) if PRESETS[task.model].get("precond") else None
+        precond = PRESETS[task.model].get("precond")
+        sigma_d = data.measure_sigma_d(train_paths, task, args.seed) if precond and train_paths else 1.0  # 1: a dry run without data
         config = network_config(task.model, task.condition, task.sigma_p, sigma_d)
-    model = UNet(**config)
+    with torch.device("meta" if args.dry_run else "cpu"):
+        model = UNet(**config)
     if task.image_size % model.multiple:
         raise InputError(f"--image_size {task.image_size} is not a multiple of {model.multiple}, which the network {task.model!r} needs")
     say(f"{task}")
@@ -127,22 +137,17 @@ def main(argv=None):
         optimizer.load_state_dict(checkpoint["optimizer"])
         ema.load_state_dict(checkpoint["ema"])
         step, scores = checkpoint["step"], checkpoint["scores"]
-        now = {**vars(args), "world": world}
-        other = [f"{k} was {checkpoint['args'][k]}" for k in ("seed", "batch_size", "gradient_accumulation_steps", "world") if checkpoint["args"][k] != now[k]]
-        say(f"resumed at step {step}" + (f", not exactly: {', '.join(other)}" if other else ""))
+        say(f"resumed at step {step}" + (f", not as before: {', '.join(f'--{k}' for k in other)}" if other else ""))
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     net = torch.compile(model) if args.compile else model
-    net = DistributedDataParallel(net, device_ids=[local] if device.type == "cuda" else None) if ddp else net
+    net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None) if ddp else net
     lpips = load_lpips(args.lpips_backbone, device) if master else None
     val = data.validation_pictures(val_paths, task, args.eval_pictures) if master else None
 
     # --- logging, saving, stopping ---
-    log_path, lines = out_dir / "log.jsonl", []
+    log_path = out_dir / "log.jsonl"
     if master:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        if checkpoint and log_path.exists():  # what came after the checkpoint will come again
-            lines = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log_path.write_text("".join(line + "\n" for line in lines))
+        rewind_log(log_path, step)
 
     def log(entry):
         with open(log_path, "a") as f:
@@ -153,24 +158,24 @@ def main(argv=None):
         if not all(p.isfinite().all() for p in model.parameters()):
             raise InputError(f"the weights are not finite at step {step}: lower --learning_rate; {out_dir}/ckpt.pt stays as it was")
         save_checkpoint(out_dir / name, dict(
-            stage="flow", task=asdict(task), model=model.config, step=step, scores=scores, args={**vars(args), "world": world},
+            stage="flow", task=asdict(task), model=model.config, step=step, scores=scores, args=now,
             params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
     def predict(x_in):  # with the averaged weights, in one step and in a few
         with autocast():
             return {"one": one_step(ema_model, x_in, 0.0), "few": integrate(ema_model, x_in, "midpoint", args.eval_steps)[0]}
 
-    stop = 0  # the signal that asked for it
+    asked = stop = 0  # the signal that came, and the one that all processes have agreed to stop for
 
     def ask_to_stop(signum, frame):
-        nonlocal stop
-        stop = signum
+        nonlocal asked
+        asked = signum
 
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, ask_to_stop)
 
     # --- the loop ---
-    workers = args.num_workers if args.num_workers >= 0 else 0 if device.type == "cpu" else min(8, os.cpu_count() // max(1, world))
+    workers = args.num_workers if args.num_workers >= 0 else 0 if device.type == "cpu" else min(8, os.cpu_count() // local_world)
     per_step = args.batch_size * args.gradient_accumulation_steps * world  # pictures
     batches = data.training_batches(train_paths, task, args.seed, args.batch_size, step * per_step, rank, world, workers)
     bar = tqdm(total=args.max_iters, initial=step, disable=None if master else True, unit="step")
@@ -212,8 +217,9 @@ def main(argv=None):
         step += 1
         bar.update()
 
-        if ddp:  # all processes stop together, at the same step
-            flag = torch.tensor(stop, device=device)
+        stop = asked
+        if ddp:  # all stop together, at the same step; on the CPU, so that no GPU waits
+            flag = torch.tensor(asked)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             stop = int(flag)
         if step % args.log_interval == 0:
@@ -245,5 +251,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
-        sys.exit(f"train_flow.py: {str(e).splitlines()[-1]}")  # one from a loader's process comes wrapped in its traceback
+    except (InputError, OSError) as e:  # one from a loader's process comes wrapped in its traceback
+        sys.exit(f"train_flow.py: {str(e).splitlines()[-1].removeprefix('model.InputError: ')}")

@@ -77,6 +77,8 @@ def normal(seeds, shape, stream=0):
     """
     B, C, H, W = shape
     dev = seeds.device
+    if dev.type == "mps":  # which has no float64 for box_muller
+        return normal(seeds.cpu(), shape, stream).to(dev)
     w = torch.arange(W, device=dev).view(1, 1, 1, W)
     h = torch.arange(H, device=dev).view(1, 1, H, 1)
     block = torch.arange((C + 3) // 4, device=dev).view(1, -1, 1, 1)
@@ -186,7 +188,8 @@ def dopri5_error(x_in, x_t, k, dt, atol, rtol):
     """
     x_t, x_new = _arith(x_t), _arith(x_in[:, : x_t.shape[1]])
     scale = torch.maximum(x_t.abs(), x_new.abs()) * rtol + atol
-    return (_combine(DOPRI5_E, k) * dt / scale).double().square().mean().sqrt()
+    error = _combine(DOPRI5_E, k) * dt / scale
+    return (error if error.device.type == "mps" else error.double()).square().mean().sqrt()  # mps has no float64
 
 
 def student_state(x_in, v, t):

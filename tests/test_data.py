@@ -63,9 +63,12 @@ def test_validation_files_are_held_out(folder, tmp_path):
     assert len(names) == len(set(names)) == 100
     for name in names[:2]:
         Image.fromarray(picture()).save(folder / name)
-    (folder / "val").rename(folder / "more")
-    train, val = data.find_data(data.TASKS["ffhq"], folder)
+    train, val = data.find_data(data.TASKS["ffhq"], folder)  # the task's list comes before val/
     assert sorted(p.name for p in val) == sorted(names[:2]) and len(train) == 23
+    (folder / names[0]).rename((folder / names[0]).with_suffix(".JPEG"))
+    assert len(data.find_data(data.TASKS["ffhq"], folder)[1]) == 2  # whatever the endings
+    train, _ = data.find_data(data.TASKS["ffhq_uncond"], folder)
+    assert len(train) == 25  # Appendix F trains on everything
     train, _ = data.find_data(data.replace(data.TASKS["ffhq"], train_files=5), folder)
     assert len(train) == 5
 

@@ -97,11 +97,12 @@ def test_integrate_leaves_x_lr_alone_and_works_in_place():
 @pytest.mark.parametrize("solver", ["euler", "midpoint", "ralston", "heun"])
 def test_mean_slope_is_one_step_of_the_solver(solver):
     model, x_in = tiny(), buffer(2, 16)
-    v1 = model(x_in, torch.zeros(2))
+    t, dt = torch.tensor([0.3, 0.6]), torch.tensor([0.2, 0.1])
+    shifted = lambda x, tau: dt.view(-1, 1, 1, 1) * model(x, t + dt * tau)  # dx/dtau, tau from 0 to 1: integrate's clock
     before = x_in.clone()
-    slope = mean_slope(model, x_in, v1, torch.zeros(2), torch.ones(2), solver)
+    slope = mean_slope(model, x_in, model(x_in, t), t, dt, solver)
     assert torch.equal(x_in, before)
-    assert torch.allclose(x_in[:, :3] + slope, integrate(model, x_in.clone(), solver, 1)[0], atol=1e-5)
+    assert torch.allclose(x_in[:, :3] + dt.view(-1, 1, 1, 1) * slope, integrate(shifted, x_in.clone(), solver, 1)[0], atol=1e-5)
 
 
 # --- losses ---

@@ -97,6 +97,11 @@ def test_solvers_of_a_flow(solver, evaluations, folder, cli):
 
 def test_a_bad_picture_is_skipped_and_counted(folder, cli, capsys):
     Path("in/bad.png").write_bytes(b"\x89PNG but no more")
+    assert cli("in", "-s", 0.1) == 1  # and a picture made smaller than a pixel has one
+    assert Image.open("restored/b_x0.1.jpg").size == (1, 1)
+    for name in written(folder):
+        Path(name).unlink()
+    capsys.readouterr()
     assert cli("in") == 1
     captured = capsys.readouterr()
     assert "skipped: in/bad.png cannot be read" in captured.err and captured.err.strip().endswith("2 done, 1 skipped")
@@ -120,12 +125,19 @@ def test_an_input_is_never_overwritten(folder, cli):
     (["in/a.png", "--t", "half"], "not a number"),
     (["in/a.png", "--til", "64"], "unrecognized arguments"),
     (["in/a.png", "--tile", "64"], "larger than twice --tile_pad"),
+    (["in/a.png", "--tile_pad", "400"], "larger than twice --tile_pad"),
+    (["in/a.png", "--steps", "4"], "one-step student"),
+    (["in/a.png", "in/a.jpg", "--strip", "-o", "out"], "would meet"),
+    (["in/a.png", "in/a_x4_strip.png", "--strip", "-o", "in"], "would meet"),
     (["in/a.png", "--solver", "euler"], "one-step student"),
     (["in/a.png", "--device", "cuda:99"], "no device"),
     ([], "name a picture"),
 ])
 def test_mistakes_are_one_line_and_write_nothing(args, says, folder, cli, capsys):
     (folder / "empty").mkdir()
+    for name in ("in/a.jpg", "in/a_x4_strip.png"):
+        if name in args:
+            Image.open("in/a.png").save(name)
     with pytest.raises((InputError, SystemExit)) as e:
         cli(*args)
     message = str(e.value) if e.type is InputError else capsys.readouterr().err.strip().splitlines()[-1]
@@ -135,6 +147,21 @@ def test_mistakes_are_one_line_and_write_nothing(args, says, folder, cli, capsys
 def test_the_dial_is_not_a_flows(folder, cli):
     with pytest.raises(InputError, match="stage-1 flow"):
         cli("in/a.png", "--t", 0.5, stage="flow")
+
+
+def test_upscale_does_not_confuse_flow_and_student(folder, weights, tmp_path):
+    array, flow, student = read_image("in/a.png"), weights / "flow.safetensors", weights / "distill.safetensors"
+    by_default = sample.upscale(array, ckpt=flow, device="cpu", steps=2)
+    assert np.array_equal(by_default, sample.upscale(array, ckpt=flow, device="cpu", solver="midpoint", steps=2))
+    for wrong, says in ((dict(ckpt=flow, t=0.5), "stage-1 flow"), (dict(ckpt=student, solver="euler"), "one-step student"),
+                        (dict(ckpt=student, t=7), "from 0"), (dict(ckpt=student, tile=64), "larger than twice")):
+        with pytest.raises(InputError, match=says):
+            sample.upscale(array, device="cpu", **wrong)
+    save_release(tmp_path / "unknown.safetensors", tiny(), dict(task=None))
+    for wrong in ({}, dict(t=0.5, solver="euler")):
+        with pytest.raises(InputError, match="does not say what it is"):
+            sample.upscale(array, ckpt=tmp_path / "unknown.safetensors", device="cpu", **wrong)
+    assert sample.upscale(array, ckpt=tmp_path / "unknown.safetensors", device="cpu", t=0.5).shape == (48, 68, 3)
 
 
 def test_errors_reach_the_shell_as_one_line(tmp_path):
