@@ -52,34 +52,42 @@ template <class F, class... T> OFTSR void each(int64_t n, F f, Line<T>... lines)
 // ---- noise
 
 // philox() for n neighbouring pixels. The compiler multiplies 32 by 32 bits with the 64-bit multiplication, which is three
-// times as slow as the instruction made for it: hence AVX-512 by hand, 16 pixels at a time, elsewhere the plain loop.
+// times as slow as the instruction made for it: hence AVX-512 by hand, elsewhere the plain loop. Each 64-bit lane holds a
+// word in its lower half. The multiplication reads only that, and leaves the product's low word where the next round
+// wants it, so that a round is two multiplications, two shifts and two exclusive ors; what is above the word is noise that
+// nobody reads. Sixteen pixels go side by side, the even ones in one register and the odd ones in another.
 #ifdef __AVX512F__
-static void multiply(__m512i a, __m512i m, __m512i& high, __m512i& low) {  // even and odd lanes apart, then together again
-  __m512i even = _mm512_mul_epu32(a, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), m);
-  high = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-  low = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-}
+struct Lanes {
+  __m512i c0, c1, c2, c3;
+  void round(__m512i k0, __m512i k1) {
+    __m512i p0 = _mm512_mul_epu32(c0, _mm512_set1_epi64(0xD2511F53)), p1 = _mm512_mul_epu32(c2, _mm512_set1_epi64(0xCD9E8D57));
+    c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, k0, 0x96);  // exclusive or of three
+    c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, k1, 0x96);
+    c1 = p1;
+    c3 = p0;
+  }
+};
+
+static void interleave(uint32_t* out, __m512i even, __m512i odd) { _mm512_store_si512(out, _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32))); }
 
 static void philox_line(int64_t seed, uint32_t stream, uint32_t block, uint32_t h, uint32_t w0, int32_t n, uint32_t (*word)[STRIP]) {
-  const __m512i m0 = _mm512_set1_epi32(0xD2511F53), m1 = _mm512_set1_epi32(0xCD9E8D57), step0 = _mm512_set1_epi32(0x9E3779B9), step1 = _mm512_set1_epi32(0xBB67AE85);
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i k0[10], k1[10];
+  for (uint32_t r = 0; r < 10; r++) {
+    k0[r] = _mm512_set1_epi64(uint32_t(seed) + r * 0x9E3779B9u);
+    k1[r] = _mm512_set1_epi64(uint32_t(uint64_t(seed) >> 32) + r * 0xBB67AE85u);
+  }
+  const __m512i place = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), one = _mm512_set1_epi64(1);
   for (int32_t i = 0; i < n; i += 16) {  // the last 16 may run beyond n, not beyond the strip
-    __m512i c0 = _mm512_add_epi32(_mm512_set1_epi32(w0 + i), lanes), c1 = _mm512_set1_epi32(h), c2 = _mm512_set1_epi32(block), c3 = _mm512_set1_epi32(stream);
-    __m512i k0 = _mm512_set1_epi32(uint32_t(seed)), k1 = _mm512_set1_epi32(uint32_t(uint64_t(seed) >> 32)), high0, low0, high1, low1;
-    for (int round = 0; round < 10; round++) {
-      multiply(c0, m0, high0, low0);
-      multiply(c2, m1, high1, low1);
-      c0 = _mm512_ternarylogic_epi32(high1, c1, k0, 0x96);  // exclusive or of three
-      c2 = _mm512_ternarylogic_epi32(high0, c3, k1, 0x96);
-      c1 = low1;
-      c3 = low0;
-      k0 = _mm512_add_epi32(k0, step0);
-      k1 = _mm512_add_epi32(k1, step1);
+    Lanes even{_mm512_add_epi32(_mm512_set1_epi64(w0 + uint32_t(i)), place), _mm512_set1_epi64(h), _mm512_set1_epi64(block), _mm512_set1_epi64(stream)}, odd = even;
+    odd.c0 = _mm512_add_epi32(odd.c0, one);
+    for (int r = 0; r < 10; r++) {
+      even.round(k0[r], k1[r]);
+      odd.round(k0[r], k1[r]);
     }
-    _mm512_store_si512(word[0] + i, c0);
-    _mm512_store_si512(word[1] + i, c1);
-    _mm512_store_si512(word[2] + i, c2);
-    _mm512_store_si512(word[3] + i, c3);
+    interleave(word[0] + i, even.c0, odd.c0);
+    interleave(word[1] + i, even.c1, odd.c1);
+    interleave(word[2] + i, even.c2, odd.c2);
+    interleave(word[3] + i, even.c3, odd.c3);
   }
 }
 #else
