@@ -101,7 +101,7 @@ def _rk45(v, x_in, rtol, atol):
     scale = atol + rtol * x_t.abs()
     d0, d1 = rms(x_t / scale), rms(k[0] / scale)
     h = min(1.0, 1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1)
-    d2 = rms((v_at(v, x_in, k[0], h) - k[0]) / scale) / h
+    d2 = rms((_after_euler(v, x_in, k[0], h) - k[0]) / scale) / h
     h = min(100 * h, max(1e-6, h * 1e-3) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** 0.2, 1.0)
 
     rejected = False
@@ -124,8 +124,8 @@ def _rk45(v, x_in, rtol, atol):
             k, h, rejected = [k[0]], h * (max(0.2, factor) if factor == factor else 0.2), True
 
 
-def v_at(v, x_in, velocity, h):
-    """v one Euler step of length h further, with x_in left where that step ends."""
+def _after_euler(v, x_in, velocity, h):
+    """The velocity one Euler step of length h further, (B, 3, H, W); x_in is left where that step ends."""
     euler_step_(x_in, velocity, h)
     return v(h)
 
