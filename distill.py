@@ -30,8 +30,8 @@ from tqdm import tqdm
 import data
 import kernels
 from evaluate import load_lpips, validate
-from model import (EMA, InputError, UNet, count_macs, learning_rate, load_checkpoint, load_model, pick_device, pick_dtype,
-                   resume, rewind_log, save_checkpoint, save_release)
+from model import (EMA, InputError, UNet, count_macs, learning_rate, load_checkpoint, load_model, make_optimizers, pick_device,
+                   pick_dtype, resume, rewind_log, save_checkpoint, save_release)
 from sample import RK2_NODES, integrate, mean_slope, one_step
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
@@ -56,7 +56,8 @@ def parse_args(argv):
     p.add_argument("--batch_size", type=data.in_range(int, 1), default=32, help="pictures a step and process")
     p.add_argument("--gradient_accumulation_steps", type=data.in_range(int, 1), default=1, help="batches summed before an update")
     p.add_argument("--max_iters", type=data.in_range(int, 1), default=20_000, help="updates in all")
-    p.add_argument("--learning_rate", type=number, default=1e-4, help="of Adam, after the warm-up")
+    p.add_argument("--optimizer", choices=("adam", "muon"), default="adam", help="adam, the paper's; or muon for the convolutions, adam for the rest")
+    p.add_argument("--learning_rate", type=number, default=1e-4, help="after the warm-up")
     p.add_argument("--warmup_iters", type=whole, default=1000, help="updates over which the learning rate rises")
     p.add_argument("--lr_decay", choices=("none", "linear", "cosine"), default="none", help="how it falls to 0 at max_iters")
     p.add_argument("--grad_clip", type=number, default=1.0, help="largest gradient norm; 0 disables")
@@ -172,12 +173,13 @@ def main(argv=None):
         return
     teacher.to(device)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=device.type != "mps")
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, dtype)
     ema = EMA(model, args.ema)
     step, scores = 0, {}  # scores: of the last validation
     if checkpoint:
         model.load_state_dict(checkpoint["params"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         ema.load_state_dict(checkpoint["ema"])
         step, scores = checkpoint["step"], checkpoint["scores"]
         say(f"resumed at step {step}" + (f", not as before: {', '.join(f'--{k}' for k in other)}" if other else ""))
@@ -202,7 +204,7 @@ def main(argv=None):
             raise InputError(f"the weights are not finite at step {step}: lower --learning_rate; {out_dir}/ckpt.pt stays as it was")
         save_checkpoint(out_dir / name, dict(
             stage="distill", task=asdict(task), model=model.config, step=step, scores=scores, args=now,
-            params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+            params=model.state_dict(), ema=ema.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers]))
 
     def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps
         with autocast():
@@ -241,8 +243,9 @@ def main(argv=None):
         if step >= args.max_iters or stop:
             break
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
         for micro in range(args.gradient_accumulation_steps):
             x_1, n = next(batches)
             x_1 = data.to_float(x_1.to(device, non_blocking=True))
@@ -257,8 +260,9 @@ def main(argv=None):
             sums[:3] += losses.detach()
             sums[3] += 1
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         ema.update(model)
         step += 1
         bar.update()

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from kernels import group_norm_silu
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
-# attention: down-sampling factors at which there is attention (none at all if empty). patch, precond: see UNet;
+# attention: down-sampling factors at which there is attention (none at all if empty). groups, patch, precond: see UNet;
 # True stands for the sigmas of the task, which network_config fills in.
 PRESETS = {
     "tiny": dict(channels=32, mults=(1, 2), blocks=1, patch=2, precond=True),  # for tests
-    "photos": dict(channels=32, mults=(1, 2, 4, 4), blocks=1, patch=2, precond=True),
+    "photos": dict(channels=32, mults=(1, 3, 4), blocks=1, groups=4, patch=2, precond=True),
     "ffhq": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(16,), out_channels=6),
     "imagenet": dict(channels=256, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), out_channels=6),
 }
@@ -57,10 +57,7 @@ def timestep_embedding(t, dim):
 
 
 class NormSiLU(nn.GroupNorm):
-    """GroupNorm of 32 groups, optional scale-shift (B, 2C), SiLU: one kernel."""
-
-    def __init__(self, channels):
-        super().__init__(32, channels)
+    """GroupNorm, optional scale-shift (B, 2C), SiLU: one kernel."""
 
     def forward(self, x, scale_shift=None):
         scale, shift = (None, None) if scale_shift is None else scale_shift.chunk(2, dim=1)
@@ -70,13 +67,13 @@ class NormSiLU(nn.GroupNorm):
 class ResBlock(nn.Module):
     """x (B, C, H, W), emb (B, E) -> (B, C', H', W'); `resample` is None, "down" (mean of 2x2) or "up" (repeat 2x2)."""
 
-    def __init__(self, channels, emb_dim, out_channels, resample=None):
+    def __init__(self, channels, emb_dim, out_channels, groups, resample=None):
         super().__init__()
         self.resample = resample
         # The keys are the published names; what has no parameters (SiLU, dropout) has no entry.
-        self.in_layers = nn.ModuleDict({"0": NormSiLU(channels), "2": nn.Conv2d(channels, out_channels, 3, padding=1)})
+        self.in_layers = nn.ModuleDict({"0": NormSiLU(groups, channels), "2": nn.Conv2d(channels, out_channels, 3, padding=1)})
         self.emb_layers = nn.ModuleDict({"1": nn.Linear(emb_dim, 2 * out_channels)})
-        self.out_layers = nn.ModuleDict({"0": NormSiLU(out_channels), "3": zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))})
+        self.out_layers = nn.ModuleDict({"0": NormSiLU(groups, out_channels), "3": zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))})
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
@@ -93,10 +90,10 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over the H W positions of x (B, C, H, W); the qkv channels are grouped by head, then q, k, v."""
 
-    def __init__(self, channels, head_channels):
+    def __init__(self, channels, head_channels, groups):
         super().__init__()
         self.heads = channels // head_channels
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))
 
@@ -127,6 +124,8 @@ def zeroed(layer):
 class UNet(nn.Module):
     """The velocity network. x_in = concat(x_t, x_lr) (B, 6, H, W), t (B,) -> v (B, 3, H, W); H, W multiples of `multiple`.
 
+    groups     of every GroupNorm. As many as channels would be InstanceNorm, which hides from a layer how strong each
+               of its channels is: few groups suit a narrow network (LOG.md).
     patch      p > 1: the work is done at 1/p of the width and height, on p^2 times the channels.
     precond    None, or {"sigma_p", "sigma_d"}: see `coefficients`.
     one_step   a distilled student, whose input is always x_0, whatever t.
@@ -134,11 +133,11 @@ class UNet(nn.Module):
     Raises ValueError for a size that is not a multiple of `multiple`.
     """
 
-    def __init__(self, channels, mults, blocks, attention=(), head_channels=64, patch=1, out_channels=3,
+    def __init__(self, channels, mults, blocks, attention=(), head_channels=64, groups=32, patch=1, out_channels=3,
                  condition=True, precond=None, one_step=False):
         super().__init__()
         self.config = dict(channels=channels, mults=list(mults), blocks=blocks, attention=list(attention),
-                           head_channels=head_channels, patch=patch, out_channels=out_channels,
+                           head_channels=head_channels, groups=groups, patch=patch, out_channels=out_channels,
                            condition=condition, precond=precond, one_step=one_step)
         self.patch, self.precond, self.one_step, self.condition = patch, precond, one_step, condition
         self.multiple = patch * 2 ** (len(mults) - 1)
@@ -146,8 +145,8 @@ class UNet(nn.Module):
         self.time_embed = nn.ModuleDict({"0": nn.Linear(channels, emb), "2": nn.Linear(emb, emb)})
 
         def stage(c_in, c_out, factor):
-            attend = [AttentionBlock(c_out, head_channels)] if factor in attention else []
-            return [ResBlock(c_in, emb, c_out), *attend]
+            attend = [AttentionBlock(c_out, head_channels, groups)] if factor in attention else []
+            return [ResBlock(c_in, emb, c_out, groups), *attend]
 
         ch, factor = channels * mults[0], 1
         first = nn.Conv2d((6 if condition else 3) * patch**2, ch, 3, padding=1)
@@ -157,21 +156,21 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage(*stage(ch, mult * channels, factor)))
                 skips.append(ch := mult * channels)
             if level < len(mults) - 1:
-                self.input_blocks.append(Stage(ResBlock(ch, emb, ch, "down")))
+                self.input_blocks.append(Stage(ResBlock(ch, emb, ch, groups, "down")))
                 skips.append(ch)
                 factor *= 2
-        middle = AttentionBlock(ch, head_channels) if attention else nn.Identity()
-        self.middle_block = Stage(ResBlock(ch, emb, ch), middle, ResBlock(ch, emb, ch))
+        middle = AttentionBlock(ch, head_channels, groups) if attention else nn.Identity()
+        self.middle_block = Stage(ResBlock(ch, emb, ch, groups), middle, ResBlock(ch, emb, ch, groups))
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(mults))):
             for i in range(blocks + 1):
                 layers = stage(ch + skips.pop(), ch := mult * channels, factor)
                 if level and i == blocks:
-                    layers.append(ResBlock(ch, emb, ch, "up"))
+                    layers.append(ResBlock(ch, emb, ch, groups, "up"))
                     factor //= 2
                 self.output_blocks.append(Stage(*layers))
         last = zeroed(nn.Conv2d(ch, out_channels * patch**2, 3, padding=1))
-        self.out = nn.ModuleDict({"0": NormSiLU(ch), "2": last})
+        self.out = nn.ModuleDict({"0": NormSiLU(groups, ch), "2": last})
 
     def raw(self, x, t):
         """The bare network F: x (B, 6 or 3, H, W), t (B,) -> (B, out_channels, H, W)."""
@@ -276,6 +275,8 @@ def resume(path, stage, task, args):
         raise InputError(f"{path} is not a checkpoint of this script (its stage is {checkpoint.get('stage')}, not {stage})")
     if changed := [f"{k} {checkpoint['task'].get(k)}, not {v}" for k, v in task.items() if checkpoint["task"].get(k) != v]:
         raise InputError(f"{path} was trained with {'; '.join(changed)}: to resume, give the same")
+    if (before := checkpoint["args"].get("optimizer")) != args["optimizer"]:
+        raise InputError(f"{path} was trained with --optimizer {before}: to resume, give the same")
     free = {"init_from", "max_iters", "out_dir", "data_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
             "always_save_checkpoint", "lpips_backbone", "num_workers", "compile", "dry_run", "dataset", *task}
     return checkpoint, [k for k, v in args.items() if k not in free and checkpoint["args"].get(k) != v]
@@ -290,6 +291,53 @@ def rewind_log(path, step):
             return False
     lines = [line for line in path.read_text().splitlines() if wanted(line)] if path.exists() else []
     atomic_write(path, lambda tmp: tmp.write_text("".join(line + "\n" for line in lines)))
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose steps are made orthogonal: of the update's singular values only the sign is kept (Jordan et al. 2024).
+
+    For convolutions: a kernel (O, I, h, w) is taken for a matrix (O, I h w). Steps are scaled to the root mean square
+    that Adam's have (.2, Liu et al. 2025), so that learning rates are of Adam's size. dtype: of the orthogonalisation.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            alike = {}  # kernels of one shape are orthogonalised together
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's look ahead
+                alike.setdefault(p.shape, []).append((p, update.flatten(1)))
+            for shape, pairs in alike.items():
+                ps, updates = zip(*pairs)
+                steps = 0.2 * max(updates[0].shape) ** 0.5 * self.orthogonal(torch.stack(updates).to(self.dtype)).float()
+                torch._foreach_sub_(list(ps), [s.reshape(shape) for s in steps], alpha=group["lr"])
+
+    @staticmethod
+    def orthogonal(x):
+        """U V^T of x = U S V^T, (N, O, I), roughly (singular values .7 to 1.2): five Newton-Schulz steps of Jordan's quintic."""
+        if x.shape[1] > x.shape[2]:
+            return Muon.orthogonal(x.mT).mT
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):
+            a = x @ x.mT
+            x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+        return x
+
+
+def make_optimizers(model, name, lr, dtype):
+    """The optimizers of a model, as a list: Adam; or with "muon", Muon for the inner convolutions and Adam for all else."""
+    inner = [p for n, p in model.named_parameters() if p.ndim == 4 and not n.startswith(("input_blocks.0.", "out."))] if name == "muon" else []
+    chosen = {id(p) for p in inner}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    return [torch.optim.Adam(rest, lr=lr, fused=rest[0].device.type != "mps"), *([Muon(inner, lr, dtype=dtype)] if inner else [])]
 
 
 class EMA:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import kernels
 from evaluate import load_lpips, validate
-from model import (EMA, PRESETS, InputError, UNet, count_macs, learning_rate, load_model, network_config,
+from model import (EMA, PRESETS, InputError, UNet, count_macs, learning_rate, load_model, make_optimizers, network_config,
                    pick_device, pick_dtype, resume, rewind_log, save_checkpoint, save_release)
 from sample import integrate, one_step
 
@@ -40,6 +40,7 @@ def parse_args(argv):
     number, whole = data.in_range(float, 0), data.in_range(int, 0)
     data.add_task_flags(p)
     p.add_argument("--loss", choices=("l1", "l2"), help="D of Eq. (5) (default: the task's)")
+    p.add_argument("--zero", type=data.in_range(float, 0, 0.99), default=0, help="share of the pictures trained at t = 0 alone, where the most faithful picture comes from")
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
     p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
@@ -47,7 +48,8 @@ def parse_args(argv):
     p.add_argument("--batch_size", type=data.in_range(int, 1), default=32, help="pictures a step and process")
     p.add_argument("--gradient_accumulation_steps", type=data.in_range(int, 1), default=1, help="batches summed before an update")
     p.add_argument("--max_iters", type=data.in_range(int, 1), default=100_000, help="updates in all")
-    p.add_argument("--learning_rate", type=number, default=1e-4, help="of Adam, after the warm-up")
+    p.add_argument("--optimizer", choices=("adam", "muon"), default="adam", help="adam, the paper's; or muon for the convolutions, adam for the rest")
+    p.add_argument("--learning_rate", type=number, default=1e-4, help="after the warm-up")
     p.add_argument("--warmup_iters", type=whole, default=1000, help="updates over which the learning rate rises")
     p.add_argument("--lr_decay", choices=("none", "linear", "cosine"), default="none", help="how it falls to 0 at max_iters")
     p.add_argument("--grad_clip", type=number, default=1.0, help="largest gradient norm; 0 disables")
@@ -129,12 +131,13 @@ def main(argv=None):
     if args.init_from not in ("scratch", "resume"):
         model.load_state_dict(start.state_dict())
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.learning_rate, fused=device.type != "mps")
+    optimizers = make_optimizers(model, args.optimizer, args.learning_rate, dtype)
     ema = EMA(model, args.ema)
     step, scores = 0, {}  # scores: of the last validation
     if checkpoint:
         model.load_state_dict(checkpoint["params"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         ema.load_state_dict(checkpoint["ema"])
         step, scores = checkpoint["step"], checkpoint["scores"]
         say(f"resumed at step {step}" + (f", not as before: {', '.join(f'--{k}' for k in other)}" if other else ""))
@@ -159,7 +162,7 @@ def main(argv=None):
             raise InputError(f"the weights are not finite at step {step}: lower --learning_rate; {out_dir}/ckpt.pt stays as it was")
         save_checkpoint(out_dir / name, dict(
             stage="flow", task=asdict(task), model=model.config, step=step, scores=scores, args=now,
-            params=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+            params=model.state_dict(), ema=ema.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers]))
 
     def predict(x_in):  # with the averaged weights, in one step and in a few
         with autocast():
@@ -196,12 +199,14 @@ def main(argv=None):
         if step >= args.max_iters or stop:
             break
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
         for micro in range(args.gradient_accumulation_steps):
             x_1, n = next(batches)
             x_1 = data.to_float(x_1.to(device, non_blocking=True))
             seeds, t = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
+            t = ((t - args.zero) / (1 - args.zero)).clamp(min=0)
             x_in, target = kernels.flow_training_pair(x_1, data.degrade(x_1, task, seeds), t, task.sigma_p, seeds)
             last = micro == args.gradient_accumulation_steps - 1
             with net.no_sync() if ddp and not last else nullcontext(), autocast():
@@ -211,8 +216,9 @@ def main(argv=None):
             sums[0].index_add_(0, tenth, losses.detach())
             sums[1].index_add_(0, tenth, torch.ones_like(losses))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         ema.update(model)
         step += 1
         bar.update()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from model import (EMA, PRESETS, InputError, UNet, count_macs, load_checkpoint, load_model, network_config, save_checkpoint,
-                   save_release)
+from model import (EMA, PRESETS, InputError, Muon, UNet, count_macs, load_checkpoint, load_model, make_optimizers,
+                   network_config, save_checkpoint, save_release)
 
 GOLDEN = Path(os.environ.get("OFTSR_GOLDEN", "nowhere"))
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="OFTSR_GOLDEN does not name the folder of published reference outputs")
@@ -68,6 +68,33 @@ def test_small_presets_sizes():
     assert sizes["tiny"] < 1_000_000
     assert sizes["photos"] < 8_000_000
     assert count_macs(UNet(**network_config("photos", True, 0.1, 0.1)), 256, 256) < 16e9
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 1, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_keeps_the_directions_and_levels_the_singular_values(shape, dtype):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    assert shape[1] == 1 or s.max() / s.min() > 2
+    y = u.mT @ Muon.orthogonal(x.to(dtype)).float() @ vh.mT  # diagonal, where the directions are x's
+    diagonal = y.diagonal(dim1=1, dim2=2)
+    assert diagonal.min() > 0.6 and diagonal.max() < 1.3
+    assert (y - torch.diag_embed(diagonal)).abs().max() < (1e-4 if dtype == torch.float32 else 0.1)
+
+
+def test_muon_takes_the_inner_convolutions_and_adam_the_rest():
+    model = tiny().requires_grad_(True)
+    adam, muon = make_optimizers(model, "muon", 1e-3, torch.float32)
+    sizes = [sum(p.numel() for g in o.param_groups for p in g["params"]) for o in (adam, muon)]
+    assert sum(sizes) == sum(p.numel() for p in model.parameters()) and sizes[1] > sizes[0]
+    kernel, bias = model.input_blocks[1][0].in_layers["2"].parameters()
+    before = kernel.detach().clone(), bias.detach().clone()
+    model(torch.randn(1, 6, 16, 16, generator=torch.Generator().manual_seed(0)), torch.zeros(1)).square().mean().backward()
+    muon.step()
+    step = kernel.detach() - before[0]
+    assert torch.equal(bias, before[1])
+    assert (step * kernel.grad).sum() < 0 and step.square().mean().sqrt().item() == pytest.approx(0.2e-3, rel=0.3)
+    assert len(make_optimizers(model, "adam", 1e-3, torch.float32)) == 1
 
 
 def test_count_macs_counts_a_convolution_by_hand():

@@ -67,11 +67,11 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-@pytest.mark.parametrize("script", [train_flow, distill], ids=["flow", "distill"])
-def test_resume_is_exact(script, photos, teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, optimizer", [(train_flow, "adam"), (train_flow, "muon"), (distill, "muon")], ids=["flow", "flow-muon", "distill-muon"])
+def test_resume_is_exact(script, optimizer, photos, teacher, tmp_path, monkeypatch):
     """2N steps, and N steps then N more: every weight, average and optimizer moment the same to the bit."""
     monkeypatch.chdir(tmp_path)
-    extra = ["--teacher", teacher] if script is distill else []
+    extra = ["--optimizer", optimizer, *(["--teacher", teacher] if script is distill else [])]
     whole = run(script, photos, tmp_path / "whole", "--max_iters", 8, "--eval_interval", 4, *extra)
     run(script, photos, tmp_path / "parts", "--max_iters", 4, "--eval_interval", 4, *extra)
     parts = run(script, photos, tmp_path / "parts", "--max_iters", 8, "--eval_interval", 4, "--init_from", "resume", *extra)
@@ -82,12 +82,24 @@ def test_resume_is_exact(script, photos, teacher, tmp_path, monkeypatch):
     assert not same(whole["params"], other["params"])
     with pytest.raises(InputError, match="sigma_p 0.1, not 0.3"):
         run(script, photos, tmp_path / "parts", "--max_iters", 9, "--sigma_p", 0.3, "--init_from", "resume", *extra)
+    with pytest.raises(InputError, match=f"trained with --optimizer {optimizer}"):
+        run(script, photos, tmp_path / "parts", *extra, "--optimizer", "adam" if optimizer == "muon" else "muon", "--init_from", "resume")
 
 
 def gradient(checkpoint):
     """Of a run of one step: Adam's first moment is a tenth of it. (The weights would not do: Adam's first step is a sign.)"""
     assert checkpoint["step"] == 1
-    return 10 * torch.cat([state["exp_avg"].flatten() for state in checkpoint["optimizer"]["state"].values()])
+    return 10 * torch.cat([state["exp_avg"].flatten() for state in checkpoint["optimizers"][0]["state"].values()])
+
+
+def test_a_share_of_the_pictures_is_trained_at_zero(photos, tmp_path, monkeypatch):
+    """Of 80 pictures half; the others are spread over [0, 1) evenly."""
+    seen, pair = [], train_flow.kernels.flow_training_pair
+    monkeypatch.setattr(train_flow.kernels, "flow_training_pair", lambda x_1, x_lr, t, *rest: (seen.append(t), pair(x_1, x_lr, t, *rest))[1])
+    run(train_flow, photos, tmp_path, "--max_iters", 8, "--batch_size", 10, "--zero", 0.5)
+    t = torch.cat(seen)
+    assert len(t) == 80 and abs((t == 0).sum().item() - 40) <= 2 and t.max() > 0.95
+    assert abs((t < 0.1).sum().item() - 44) <= 2 and abs((t > 0.5).sum().item() - 20) <= 2
 
 
 ONE_STEP = ["--max_iters", 1, "--log_interval", 1, "--dtype", "float32"]
@@ -99,8 +111,9 @@ def test_accumulation_is_the_larger_batch(photos, tmp_path):
     assert one.norm() > 1e-3 and (one - two).norm() < 1e-4 * one.norm()
 
 
-def test_the_flow_learns(photos, tmp_path):
-    run(train_flow, photos, tmp_path, "--max_iters", 120, "--eval_interval", 20, "--batch_size", 4)
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_the_flow_learns(optimizer, photos, tmp_path):
+    run(train_flow, photos, tmp_path, "--max_iters", 120, "--eval_interval", 20, "--batch_size", 4, "--optimizer", optimizer)
     few = [e["psnr_few"] for e in log_of(tmp_path) if "psnr_few" in e]
     assert len(few) == 6 and few[-1] > few[0] + 1  # dB
     assert (tmp_path / "val_0000120.png").exists()
@@ -218,7 +231,7 @@ def test_dry_run_writes_nothing(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_flow.main(["--data_dir", str(photos), "--image_size", "64", "--dry_run"])
     out = capsys.readouterr().out
-    assert "4,910,124 parameters" in out and "0.47 GMACs" in out and "sigma_p=0.1" in out
+    assert "3,526,412 parameters" in out and "0.47 GMACs" in out and "sigma_p=0.1" in out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,7 +239,7 @@ def test_dry_run_writes_nothing(photos, tmp_path, monkeypatch, capsys):
     (["--data_dir", "missing"], "no folder missing"),
     (["--init_from", "resume"], "no checkpoint at"),
     (["--init_from", "missing.pt"], "no checkpoint at missing.pt"),
-    (["--image_size", "20"], "not a multiple of 16"),
+    (["--image_size", "20"], "not a multiple of 8"),
     (["--device", "cuda:99"], "no device"),
     (["--max_iter", "5"], "unrecognized arguments"),  # no abbreviations
     (["--learning_rate", "fast"], "not a number"),
