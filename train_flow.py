@@ -40,7 +40,7 @@ def parse_args(argv):
     number, whole = data.in_range(float, 0), data.in_range(int, 0)
     data.add_task_flags(p)
     p.add_argument("--loss", choices=("l1", "l2"), help="D of Eq. (5) (default: the task's)")
-    p.add_argument("--zero", type=data.in_range(float, 0, 0.99), default=0, help="share of the pictures trained at t = 0 alone, where the most faithful picture comes from")
+    p.add_argument("--t0_share", type=data.in_range(float, 0, 0.99), default=0, help="share of the pictures trained at t = 0 alone, where the most faithful picture comes from")
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
     p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
@@ -206,7 +206,7 @@ def main(argv=None):
             x_1, n = next(batches)
             x_1 = data.to_float(x_1.to(device, non_blocking=True))
             seeds, t = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
-            t = ((t - args.zero) / (1 - args.zero)).clamp(min=0)
+            t = ((t - args.t0_share) / (1 - args.t0_share)).clamp(min=0)
             x_in, target = kernels.flow_training_pair(x_1, data.degrade(x_1, task, seeds), t, task.sigma_p, seeds)
             last = micro == args.gradient_accumulation_steps - 1
             with net.no_sync() if ddp and not last else nullcontext(), autocast():

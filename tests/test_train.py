@@ -96,7 +96,7 @@ def test_a_share_of_the_pictures_is_trained_at_zero(photos, tmp_path, monkeypatc
     """Of 80 pictures half; the others are spread over [0, 1) evenly."""
     seen, pair = [], train_flow.kernels.flow_training_pair
     monkeypatch.setattr(train_flow.kernels, "flow_training_pair", lambda x_1, x_lr, t, *rest: (seen.append(t), pair(x_1, x_lr, t, *rest))[1])
-    run(train_flow, photos, tmp_path, "--max_iters", 8, "--batch_size", 10, "--zero", 0.5)
+    run(train_flow, photos, tmp_path, "--max_iters", 8, "--batch_size", 10, "--t0_share", 0.5)
     t = torch.cat(seen)
     assert len(t) == 80 and abs((t == 0).sum().item() - 40) <= 2 and t.max() > 0.95
     assert abs((t < 0.1).sum().item() - 44) <= 2 and abs((t > 0.5).sum().item() - 20) <= 2
