@@ -34,22 +34,22 @@ template <bool LAST, class F> OFTSR void for_elements(int64_t C, int64_t first, 
   }
 }
 
-// For each channel, the sums of f(c, p)'s two values.
-template <bool LAST, class A, class F> OFTSR void sum_channels(int64_t C, int64_t first, int64_t last, A* sum0, A* sum1, F f) {
+// For each channel, the sums of f(c, p)'s two values. In channels_last memory the sums lie in memory, too; where f is
+// light, FOUR pixels for each trip to them pay (where it is heavy, the compiler would give up on vectors).
+template <bool LAST, bool FOUR, class A, class F> OFTSR void sum_channels(int64_t C, int64_t first, int64_t last, A* sum0, A* sum1, F f) {
   if (LAST) {
     std::fill(sum0, sum0 + C, A(0));
     std::fill(sum1, sum1 + C, A(0));
-    int64_t p = first;
-    for (; p + 4 <= last; p += 4) {  // four pixels for each trip to the sums, which lie in memory
+    for (; FOUR && first + 4 <= last; first += 4) {
 #pragma omp simd
       for (int64_t c = 0; c < C; c++) {
         A s0 = 0, s1 = 0;
-        f(c, p, s0, s1), f(c, p + 1, s0, s1), f(c, p + 2, s0, s1), f(c, p + 3, s0, s1);
+        f(c, first, s0, s1), f(c, first + 1, s0, s1), f(c, first + 2, s0, s1), f(c, first + 3, s0, s1);
         sum0[c] += s0;
         sum1[c] += s1;
       }
     }
-    for_elements<true>(C, p, last, [=](int64_t c, int64_t p) { f(c, p, sum0[c], sum1[c]); });
+    for_elements<true>(C, first, last, [=](int64_t c, int64_t p) { f(c, p, sum0[c], sum1[c]); });
   } else {
     for (int64_t c = 0; c < C; c++) {
       A s0 = 0, s1 = 0;
@@ -110,7 +110,7 @@ template <bool LAST, class T> static void statistics(const Norm& a, int64_t b, d
     int64_t early = std::min(PIVOT_PIXELS, last - first);
     for (int64_t p = first; p < first + early; p++)
       for (int64_t c = 0; c < a.C; c++) pivot[c] += load(x(c, p)) / A(early);
-    sum_channels<LAST>(a.C, first, last, sum, squares, [=](int64_t c, int64_t p, A& s, A& q) {
+    sum_channels<LAST, true>(a.C, first, last, sum, squares, [=](int64_t c, int64_t p, A& s, A& q) {
       A d = load(x(c, p)) - pivot[c];
       s += d;
       q += d * d;
@@ -159,7 +159,7 @@ template <> void group_norm_silu_backward(Cpu, const Norm& a, View dy_view, doub
       std::vector<A> sums(2 * chunks.count * a.C);
       for_chunks(a, [&](int64_t i, int64_t first, int64_t end) {
         A* du = sums.data() + 2 * i * a.C;
-        sum_channels<LAST>(a.C, first, end, du, du + a.C, [=](int64_t c, int64_t p, A& s0, A& s1) {
+        sum_channels<LAST, false>(a.C, first, end, du, du + a.C, [=](int64_t c, int64_t p, A& s0, A& s1) {
           A d = load(x(c, p)) - mean[c], du = load(dy(c, p)) * silu_slope(d * gain[c] + offset[c]);
           s0 += du;
           s1 += du * d;
