@@ -407,10 +407,10 @@ def load_checkpoint(path):
 
 def save_release(path, model, meta):
     """Weights to share: bfloat16 .safetensors with `meta` (a dict of plain types) as JSON beside them. Atomic."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     tensors = {name: p.detach().bfloat16().contiguous() for name, p in model.state_dict().items()}
     header = {"oftsr": json.dumps({**meta, "model": model.config})}
-    atomic_write(path, lambda tmp: save_file(tensors, tmp, metadata=header))
+    atomic_write(path, lambda tmp: tmp.write_bytes(save(tensors, metadata=header)))  # save_file's only their owner may read
 
 
 def _read_release(path):

@@ -222,3 +222,9 @@ def test_kill_during_a_save_leaves_a_whole_file(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 2  # at most one leftover, which the next save overwrites
     save_checkpoint(path, dict(n=0))
     assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_a_release_may_be_read_by_whom_any_new_file_may(tmp_path):
+    (tmp_path / "plain").touch()
+    save_release(tmp_path / "weights.safetensors", tiny(), dict(stage="flow"))
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
