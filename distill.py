@@ -47,8 +47,8 @@ def parse_args(argv):
     p.add_argument("--solver", choices=("euler", *RK2_NODES), default="midpoint", help="of the teacher's step from t to s")
     p.add_argument("--lambda_align", type=number, default=0.01, help="weight of Eq. (10)")
     p.add_argument("--lambda_bc", type=number, default=0.1, help="weight of Eq. (11)")
-    p.add_argument("--t_min", type=data.in_range(float, 0, 1), default=0.01, help="t is uniform from here")
-    p.add_argument("--t_max", type=data.in_range(float, 0, 1), default=0.99, help="to here")
+    p.add_argument("--t_min", type=data.in_range(float, -1, 1), default=0.01, help="t is uniform from here; below 0, a step begins at 0 and is shorter, so that s covers (0, dt) too")
+    p.add_argument("--t_max", type=data.in_range(float, 0, 1), default=0.99, help="to here; with 1 - dt, no step is cut short at 1")
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill)")
     p.add_argument("--init_from", default="teacher", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
@@ -251,7 +251,7 @@ def main(argv=None):
             x_1 = data.to_float(x_1.to(device, non_blocking=True))
             seeds, t = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
             t = args.t_min + (args.t_max - args.t_min) * t
-            s = (t + args.dt).clamp(max=1)
+            s, t = (t + args.dt).clamp(1e-3, 1), t.clamp(min=0)
             x_in = kernels.noise_augment(data.degrade(x_1, task, seeds), task.sigma_p, seeds)
             last = micro == args.gradient_accumulation_steps - 1
             with net.no_sync() if ddp and not last else nullcontext(), autocast():

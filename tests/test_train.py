@@ -102,6 +102,19 @@ def test_a_share_of_the_pictures_is_trained_at_zero(photos, tmp_path, monkeypatc
     assert abs((t < 0.1).sum().item() - 44) <= 2 and abs((t > 0.5).sum().item() - 20) <= 2
 
 
+@pytest.mark.parametrize("t_min, t_max, whole_steps", [(0.01, 0.99, 0.8), (-0.2, 0.8, 0.8), (0, 0.8, 1.0)])
+def test_the_steps_of_distillation_end_everywhere(t_min, t_max, whole_steps, photos, teacher, tmp_path, monkeypatch):
+    """s = min(t + dt, 1), t >= 0. With t from -dt to 1 - dt, s is uniform in [0, 1]; from 0 on, no s lies in (0, dt)."""
+    seen, losses = [], distill.distillation_losses
+    monkeypatch.setattr(distill, "distillation_losses", lambda student, teacher, x_in, t, s, *rest: (seen.append((t, s)), losses(student, teacher, x_in, t, s, *rest))[1])
+    monkeypatch.chdir(tmp_path)
+    run(distill, photos, tmp_path, "--max_iters", 10, "--batch_size", 10, "--dt", 0.2, "--t_min", t_min, "--t_max", t_max, "--teacher", teacher)
+    t, s = (torch.cat(x) for x in zip(*seen))
+    assert (t >= 0).all() and (s > t).all() and (s <= 1).all() and (s - t < 0.2 + 1e-6).all()
+    assert (s - t > 0.2 - 1e-6).float().mean().item() == pytest.approx(whole_steps, abs=0.03)
+    assert (s < 0.2).float().mean().item() == pytest.approx(0.2 if t_min < 0 else 0, abs=0.03)
+
+
 ONE_STEP = ["--max_iters", 1, "--log_interval", 1, "--dtype", "float32"]
 
 
