@@ -215,10 +215,13 @@ def bench_kernels(device, dtype, only):
 
 
 def as_published(net):
-    """The same weights in plain PyTorch: contiguous, float32, norm, scale-shift and SiLU each on its own."""
+    """The same weights in plain PyTorch: contiguous, float32, norm, scale-shift, SiLU, doubling and convolution each on its own."""
     net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
 
-    def forward(self, x, scale_shift=None):
+    def up(self, x):
+        return nn.Conv2d.forward(self, F.interpolate(x, scale_factor=2, mode="nearest"))
+
+    def norm(self, x, scale_shift=None):
         y = nn.GroupNorm.forward(self, x)
         if scale_shift is not None:
             scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
@@ -227,7 +230,9 @@ def as_published(net):
 
     for module in net.modules():
         if isinstance(module, model.NormSiLU):
-            module.forward = types.MethodType(forward, module)
+            module.forward = types.MethodType(norm, module)
+        elif isinstance(module, model.UpConv):
+            module.forward = types.MethodType(up, module)
     net.input_blocks[0].register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))  # model.py has it channels_last
     return net
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import (EMA, PRESETS, InputError, Muon, UNet, count_macs, load_checkpoint, load_model, make_optimizers,
+from model import (EMA, PRESETS, InputError, Muon, UNet, UpConv, count_macs, load_checkpoint, load_model, make_optimizers,
                    network_config, save_checkpoint, save_release)
 
 GOLDEN = Path(os.environ.get("OFTSR_GOLDEN", "nowhere"))
@@ -68,6 +68,20 @@ def test_small_presets_sizes():
     assert sizes["tiny"] < 1_000_000
     assert sizes["photos"] < 8_000_000
     assert count_macs(UNet(**network_config("photos", True, 0.1, 0.1)), 256, 256) < 16e9
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (27, 41), (3, 5)])
+def test_up_conv_is_the_convolution_of_the_doubled_picture(height, width):
+    torch.manual_seed(0)
+    layer = UpConv(5, 7, 3, padding=1).double()
+    x = torch.randn(2, 5, height, width, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    doubled = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")
+    right = torch.nn.functional.conv2d(doubled, layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(y, right, rtol=0, atol=1e-13)
+    wrt, dy = (x, layer.weight, layer.bias), torch.randn_like(right)
+    for ours, theirs in zip(torch.autograd.grad(y, wrt, dy), torch.autograd.grad(right, wrt, dy), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 1, 9)])
