@@ -4,12 +4,13 @@
     python evaluate.py --data_dir DIR --pictures 8 --seeds 1      # a quick look: 8 photographs of yours, one seed
     python evaluate.py --ckpt out/photos_distill/ckpt.pt out/photos_flow/ckpt.pt --data_dir DIR --json scores.json --plot tradeoff.png
     python evaluate.py --ckpt out/photos_flow/ckpt.pt --solver midpoint,rk45 --steps 1,2,4 --data_dir DIR
+    python evaluate.py --t 0.2,0.6,1 --solver midpoint --steps 5  # a student beside what it was taught: its teacher's path up to t
     python evaluate.py --pairs out/eval/bicubic/seed0 out/eval/hr # any two folders of pictures, paired by stem
     torchrun --nproc_per_node 2 -- evaluate.py --data_dir DIR     # the processes share the pictures
 
-
-A student is swept over t, a flow over its steps, beside a bicubic row. What is measured is what a user gets:
-every result is rounded to 8 bits, saved as a PNG under --out_dir, and read back by the same code for every method.
+A student is swept over t, a flow over its steps (and over t too, where --t is given), beside a bicubic row. What is
+measured is what a user gets: every result is rounded to 8 bits, saved as a PNG under --out_dir, and read back by the
+same code for every method.
 """
 import argparse
 import functools
@@ -258,7 +259,7 @@ class Row:
     name: str  # on the terminal, and of its folder under out_dir
     network: Network = None  # None: bicubic
     curve: str = None  # of the plot
-    how: dict = None  # t, or solver and steps: the arguments of sample.restore
+    how: dict = None  # t, solver and steps: the arguments of sample.restore
 
 
 def load_network(path, device, args):
@@ -297,14 +298,12 @@ def check_networks(networks, args):
                 if a != b and not (cell == "image_size" and n.task.crop == "random"):
                     raise InputError(f"{other.path} and {n.path} have different tasks ({cell} {a} and {b}): measure them apart, or give --{cell}")
     stages = {n.stage for n in networks}
-    if args.t and "distill" not in stages:
-        raise InputError("--t is the dial of a distilled student, and none is among the checkpoints")
     if (args.solver or args.steps) and "flow" not in stages:
         raise InputError("--solver and --steps are for a stage-1 flow, and none is among the checkpoints")
 
 
 def plan_rows(networks, args):
-    """The rows of the table: bicubic, then each student over t and each flow over its solvers and steps.
+    """The rows of the table: bicubic, then each student over t and each flow over its solvers and steps, and over --t, if given.
 
     Unless --steps says otherwise, a sweep of a second-order solver begins with the one-step Euler result,
     which has no intermediate time and is what a student starts from.
@@ -315,14 +314,16 @@ def plan_rows(networks, args):
             rows += [Row(f"{n.name}_t{t:g}", n, n.name, dict(t=t)) for t in dict.fromkeys(args.t or (0, 0.25, 0.5, 0.75, 1))]
             continue
         for solver in dict.fromkeys(args.solver or ("midpoint",)):
-            curve = f"{n.name}, {solver}"
-            if solver == "rk45":
-                rows.append(Row(f"{n.name}_rk45", n, curve, dict(solver=solver, rtol=args.rtol, atol=args.atol)))
-                continue
             sweep = [(solver, k) for k in dict.fromkeys(args.steps or (1, 2, 4, 8))]
             if not args.steps and "euler" not in (solver, *(args.solver or ())):
                 sweep.insert(0, ("euler", 1))
-            rows += [Row(f"{n.name}_{s}{k}", n, curve, dict(solver=s, steps=k)) for s, k in sweep]
+            hows = [dict(solver="rk45", rtol=args.rtol, atol=args.atol)] if solver == "rk45" else [dict(solver=s, steps=k) for s, k in sweep]
+            for how in hows:
+                name = f"{how['solver']}{how.get('steps', '')}"
+                if args.t:
+                    rows += [Row(f"{n.name}_{name}_t{t:g}", n, f"{n.name}, {name}", dict(how, t=t)) for t in dict.fromkeys(args.t)]
+                else:
+                    rows.append(Row(f"{n.name}_{name}", n, f"{n.name}, {solver}", how))
     return rows
 
 
@@ -417,7 +418,7 @@ def parse_args(argv):
     p.add_argument("--pairs", nargs=2, metavar=("RESTORED", "TRUE"), help="measure a folder of pictures against another instead")
     p.add_argument("--pictures", type=whole, default=0, help="measure this many pictures, spread evenly; 0: all")
     p.add_argument("--seeds", type=positive, default=3, help="repeat with the seeds 0 to SEEDS - 1: x_0 is random")
-    p.add_argument("--t", type=dial, help="where to set a student's dial (default: 0,0.25,0.5,0.75,1)")
+    p.add_argument("--t", type=dial, help="where to set the dial (default: 0,0.25,0.5,0.75,1 for a student; 1, the whole path, for a flow)")
     p.add_argument("--solver", type=solvers, help=f"of a flow, one or several of {','.join(SOLVERS)} (default: midpoint)")
     p.add_argument("--steps", type=lambda text: [positive(x) for x in text.split(",")], help="of a flow's solver (default: one of euler, then 1,2,4,8)")
     p.add_argument("--rtol", type=data.in_range(float, 1e-6), default=1e-3, help="relative tolerance of rk45")
@@ -474,10 +475,9 @@ def describe(networks, rows, task, what, args, dtype, device):
     """The protocol: (dict, one line, a line for each network with its cost)."""
     parts = []
     for n in networks:
-        how = [r.how for r in rows if r.network is n]
-        dial = "t " + ",".join(f"{h['t']:g}" for h in how) if n.stage == "distill" else " ".join(
-            f"{h['solver']}{h.get('steps') or f' rtol {args.rtol:g} atol {args.atol:g}'}" for h in how)
-        parts.append(dict(name=n.name, file=str(n.path), sha256=n.sha256, stage=n.stage, step=n.step, sigma_p=n.task.sigma_p, how=dial,
+        how = " ".join(r.name.removeprefix(f"{n.name}_") for r in rows if r.network is n)
+        how += f" (rk45: rtol {args.rtol:g}, atol {args.atol:g})" if "rk45" in how else ""
+        parts.append(dict(name=n.name, file=str(n.path), sha256=n.sha256, stage=n.stage, step=n.step, sigma_p=n.task.sigma_p, how=how,
                           parameters=sum(p.numel() for p in n.net.parameters()), gmacs_256=count_macs(n.net, 256, 256) / 1e9))
     cut = f"centre {task.image_size}" if task.crop == "center" else f"whole, to multiples of {task.scale}"
     protocol = dict(pictures=what, cut=cut, H=task.degradation, scale=task.scale, sigma_n=task.sigma_n, seeds=list(range(args.seeds)), networks=parts,

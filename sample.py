@@ -63,13 +63,16 @@ def mean_slope(model, x_in, v1, t, dt, solver):
     return v1 + (v2 - v1) / (2 * alpha)
 
 
-def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3):
-    """The flow from t = 0 to 1, in place in channels 0 to 2 of x_in = concat(x_0, x_lr) (B, 6, H, W).
+def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1.0):
+    """The flow from time 0 to t in [0, 1], in place in channels 0 to 2 of x_in = concat(x_0, x_lr) (B, 6, H, W).
 
     solver "euler", or second-order "midpoint", "ralston", "heun", in `steps` equal steps; or the adaptive "rk45"
-    with rtol and atol. Returns (x_1, the number of function evaluations: calls of model).
+    with rtol and atol. Before 1 it is carried on by its mean velocity so far: x_1^t = x_0 + (x_t - x_0) / t, what a
+    student that fulfils Eq. (7) says at t. Returns (x_1^t, the number of function evaluations: calls of model).
     """
-    nfe = 0
+    if t == 0:  # where the mean velocity is the first one
+        return one_step(model, x_in, 0.0), 1
+    nfe, x_0 = 0, x_in[:, :3].clone() if t < 1 else None
 
     def v(t):
         nonlocal nfe
@@ -77,9 +80,9 @@ def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3):
         return model(x_in, _times(x_in, t))
 
     if solver == "rk45":
-        _rk45(v, x_in, rtol, atol)
+        _rk45(v, x_in, rtol, atol, t)
     else:
-        alpha, dt = RK2_NODES.get(solver), 1 / steps
+        alpha, dt = RK2_NODES.get(solver), t / steps
         for i in range(steps):
             v1 = v(i * dt)
             if solver == "euler":
@@ -87,10 +90,11 @@ def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3):
             else:
                 euler_step_(x_in, v1, alpha * dt)
                 rk2_stage_(x_in, v1, v((i + alpha) * dt), dt, alpha)
-    return x_in[:, :3], nfe
+    x_t = x_in[:, :3]
+    return (x_t if x_0 is None else x_0.lerp(x_t, 1 / t)), nfe
 
 
-def _rk45(v, x_in, rtol, atol):
+def _rk45(v, x_in, rtol, atol, end):
     """Dormand-Prince with scipy's step control (the batch is one system), so that it takes the steps of scipy's RK45."""
     def rms(x):  # on the CPU, since not every device has float64
         return x.cpu().double().square().mean().sqrt().item()
@@ -100,13 +104,13 @@ def _rk45(v, x_in, rtol, atol):
     # The first step (Hairer, Norsett & Wanner, II.4): a short Euler step measures how fast the field turns.
     scale = atol + rtol * x_t.abs()
     d0, d1 = rms(x_t / scale), rms(k[0] / scale)
-    h = min(1.0, 1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1)
+    h = min(end, 1e-6 if min(d0, d1) < 1e-5 else 0.01 * d0 / d1)
     d2 = rms((_after_euler(v, x_in, k[0], h) - k[0]) / scale) / h
-    h = min(100 * h, max(1e-6, h * 1e-3) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** 0.2, 1.0)
+    h = min(100 * h, max(1e-6, h * 1e-3) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** 0.2, end)
 
     rejected = False
-    while t < 1:
-        h = min(h, 1 - t)
+    while t < end:
+        h = min(h, end - t)
         if h < 10 * np.spacing(t):
             raise ArithmeticError(f"rk45 cannot reach its tolerance at t = {t}: the velocity is not finite, or rtol and atol are too small")
         for c in DOPRI5_C[1:]:
@@ -117,7 +121,7 @@ def _rk45(v, x_in, rtol, atol):
         error = dopri5_error(x_in, x_t, k, h, atol, rtol).item()
         factor = 10 if error == 0 else 0.9 * error**-0.2
         if error < 1:
-            t = 1.0 if h == 1 - t else t + h
+            t = end if h == end - t else t + h
             x_t.copy_(x_in[:, :3])
             k, h, rejected = [k[-1]], h * min(factor, 1 if rejected else 10), False
         else:  # NaN comes here too, and shrinks the step until the check above stops it
@@ -159,11 +163,11 @@ def tile_spans(length, tile, overlap):
 
 
 @torch.no_grad()
-def restore(model, x_lr, sigma_p, seeds, t=0.5, solver=None, steps=8, rtol=1e-3, atol=1e-3, tile=0, tile_pad=32, dtype=torch.float32):
+def restore(model, x_lr, sigma_p, seeds, t=1.0, solver=None, steps=8, rtol=1e-3, atol=1e-3, tile=0, tile_pad=32, dtype=torch.float32):
     """x_lr (B, 3, H, W) in [-1, 1], of any size and on any device, to (x_1 (B, 3, H, W) float32 there, evaluations made).
 
-    solver None: the one-step student at t, Eq. (13). Else `integrate`. The noise of x_0 is drawn for the whole
-    canvas from seeds (B,) int64; each picture is then restored alone, in tiles of side `tile` that overlap by
+    t in [0, 1]: the dial. solver None: the one-step student, Eq. (13). Else `integrate`. The noise of x_0 is drawn for
+    the whole canvas from seeds (B,) int64; each picture is then restored alone, in tiles of side `tile` that overlap by
     2 tile_pad and blend (0: in one piece), so that the batch does not change a pixel.
     """
     check_tile(tile, tile_pad)
@@ -179,7 +183,7 @@ def restore(model, x_lr, sigma_p, seeds, t=0.5, solver=None, steps=8, rtol=1e-3,
             for x, wx in tile_spans(canvas[1], tile, 2 * tile_pad):
                 piece = x_in[:, :, y : y + len(wy), x : x + len(wx)].to(device, copy=True)
                 with autocast:
-                    x_1, n = (one_step(model, piece, t), 1) if solver is None else integrate(model, piece, solver, steps, rtol, atol)
+                    x_1, n = (one_step(model, piece, t), 1) if solver is None else integrate(model, piece, solver, steps, rtol, atol, t)
                 nfe = max(nfe, n)
                 x_1 = x_1[0].float().to(out.device) * (wy[:, None] * wx).to(out.device)
                 target = out[b, :, y : y + len(wy), x : x + len(wx)]
@@ -199,14 +203,12 @@ def check_tile(tile, tile_pad):
 
 
 def choose(stage, t, solver, steps):
-    """What a checkpoint of that stage is asked for: (ts, None) of a student, ([0], solver) of a flow. Raises InputError if it cannot."""
+    """What a checkpoint of that stage is asked for: (ts, None) of a student, (ts, solver) of a flow. Raises InputError if it cannot."""
     if stage == "distill" and (solver or steps):
         raise InputError("this checkpoint is a one-step student: it takes --t, not --solver or --steps")
-    if stage == "flow" and t:
-        raise InputError("this checkpoint is a stage-1 flow: it takes --solver and --steps; --t is the dial of a distilled student")
-    if stage is None and bool(t) == bool(solver):
+    if stage is None and not (t or solver):
         raise InputError("this checkpoint does not say what it is: give --t if it is a distilled student, --solver if it is a stage-1 flow")
-    return ([0.0], solver or "midpoint") if stage == "flow" or solver else (t or [0.5], None)
+    return (t or [1.0], solver or "midpoint") if stage == "flow" or solver else (t or [0.5], None)
 
 
 # --- from Python ---
@@ -229,7 +231,7 @@ def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile=
     """A picture, larger by the scale the network was trained for (4 for the shipped one).
 
     image: a PIL picture of any mode, or a uint8 array (H, W, 3); t in [0, 1] (default 0.5), 0 the most faithful, 1 the most realistic;
-    solver and steps instead of t for a stage-1 flow; `how` goes to `restore` (rtol, atol, tile_pad). Returns the same
+    solver and steps for a stage-1 flow (whose t is 1 by default); `how` goes to `restore` (rtol, atol, tile_pad). Returns the same
     kind as image. Raises InputError.
     """
     net, stage, task = load(ckpt, device)
@@ -265,7 +267,7 @@ def parse_args(argv):
     p.add_argument("-i", "--input", nargs="+", default=[], help="the same")
     p.add_argument("-o", "--output", default="restored", help="folder to write to, or a file when there is one picture (default: restored/)")
     p.add_argument("-r", "--recursive", action="store_true", help="look into folders below folders, and mirror them")
-    p.add_argument("--t", type=dial, help="0 fidelity to 1 realism, one number or a sweep as 0,0.5,1 (default: 0.5)")
+    p.add_argument("--t", type=dial, help="0 fidelity to 1 realism, one number or a sweep as 0,0.5,1 (default: 0.5; of a stage-1 flow 1)")
     p.add_argument("--solver", choices=SOLVERS, help="integrate a stage-1 flow instead (default for a stage-1 checkpoint: midpoint)")
     p.add_argument("--steps", type=data.in_range(int, 1), help=f"steps of the solver (default: {STEPS})")
     p.add_argument("--rtol", type=data.in_range(float, 1e-6), default=1e-3, help="relative tolerance of rk45")
@@ -388,9 +390,9 @@ def main(argv=None):
                 if args.outscale:
                     size = [max(1, round(s * args.outscale)) for s in (array.shape[1], array.shape[0])]
                     big = np.asarray(Image.fromarray(big).resize(size, Image.LANCZOS))
-                save(out, big, args, {**note, **(dict(solver=solver, nfe=nfe) if solver else dict(t=t))})
+                save(out, big, args, {**note, "t": t, **(dict(solver=solver, nfe=nfe) if solver else {})})
                 print(f"{path} {array.shape[1]}x{array.shape[0]} -> {out} {big.shape[1]}x{big.shape[0]}, "
-                      f"{f'{solver}, {nfe} evaluations' if solver else f't {t:g}'}, {time.time() - start:.1f} s", flush=True)
+                      f"t {t:g}, {f'{solver}, {nfe} evaluations, ' if solver else ''}{time.time() - start:.1f} s", flush=True)
                 start = time.time()
             done += 1
         except (InputError, OSError, ArithmeticError, torch.OutOfMemoryError) as e:  # rk45 that fails; a picture too large

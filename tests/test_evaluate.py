@@ -225,12 +225,19 @@ def table(files):
 def test_every_row_is_there_with_the_evaluations_counted(table):
     rows, protocol, _, text = table
     nfe = {name: row["nfe"] for name, row in rows.items()}
-    assert nfe.pop("flow_rk45") >= 8
-    assert nfe == {"bicubic": 0, "student_t0": 1, "student_t1": 1, "flow_euler1": 1,
-                   "flow_midpoint1": 2, "flow_midpoint2": 4, "flow_midpoint4": 8, "flow_midpoint8": 16}
+    assert nfe.pop("flow_rk45_t1") >= 8
+    assert nfe == {"bicubic": 0, "student_t0": 1, "student_t1": 1, "flow_euler1_t0": 1, "flow_euler1_t1": 1, "flow_rk45_t0": 1,
+                   **{f"flow_midpoint{k}_t0": 1 for k in (1, 2, 4, 8)}, **{f"flow_midpoint{k}_t1": 2 * k for k in (1, 2, 4, 8)}}
     lines = [line.split()[0] for line in text.splitlines() if line and "±" in line or line.startswith("bicubic")]
     assert lines == list(rows)
     assert "lpips" not in text and "2 validation pictures of" in text and protocol["networks"][0]["sha256"] in text
+
+
+def test_unless_told_a_student_is_swept_over_t_and_a_flow_over_its_steps(files):
+    args = evaluate.parse_args(["--solver", "midpoint,rk45"])
+    rows = evaluate.plan_rows([evaluate.load_network(files / f"{name}.safetensors", torch.device("cpu"), args) for name in ("student", "flow")], args)
+    assert [row.name for row in rows] == ["bicubic", *(f"student_t{t}" for t in (0, 0.25, 0.5, 0.75, 1)),
+                                          "flow_euler1", *(f"flow_midpoint{k}" for k in (1, 2, 4, 8)), "flow_rk45"]
 
 
 def test_the_numbers_are_those_of_the_saved_pictures(table, files):
@@ -332,7 +339,6 @@ def test_a_file_that_does_not_say_its_stage_takes_it_from_the_flag(tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", (
-    (("--ckpt", "flow.safetensors", "--t", "0.5"), "--t is the dial"),
     (("--ckpt", "student.safetensors", "--steps", "4"), "--solver and --steps are for"),
     (("--ckpt", "nothing.pt"), "at nothing.pt"),
     (("--ckpt", "student.safetensors", "student.safetensors"), "both be called student"),

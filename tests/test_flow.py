@@ -86,6 +86,16 @@ def test_one_euler_step_is_the_one_step_path():
     assert torch.equal(integrate(model, x_in.clone(), "euler", 1)[0], one_step(model, x_in, 0.0))
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_flows_dial_is_the_mean_velocity_up_to_t(solver):
+    """v = 3 t^2 leads to t^3 at t, whose mean velocity is t^2; at t = 0 it is v itself."""
+    x_in = buffer(1, 4)
+    for t in (0, 0.25, 0.7, 1):
+        x, nfe = integrate(fixed_field(lambda tau: 3 * tau**2), x_in.clone(), solver, 64, rtol=1e-6, atol=1e-6, t=t)
+        assert torch.allclose(x - x_in[:, :3], torch.full_like(x, t**2), atol=0.03 if solver == "euler" else 2e-4)
+        assert nfe == 1 if t == 0 else nfe > 6
+
+
 def test_integrate_leaves_x_lr_alone_and_works_in_place():
     model, x_in = tiny(), buffer(1, 16)
     before = x_in.clone()

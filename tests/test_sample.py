@@ -147,23 +147,30 @@ def test_mistakes_are_one_line_and_write_nothing(args, says, folder, cli, capsys
     assert says in message and "\n" not in message and written(folder) == []
 
 
-def test_the_dial_is_not_a_flows(folder, cli):
-    with pytest.raises(InputError, match="stage-1 flow"):
-        cli("in/a.png", "--t", 0.5, stage="flow")
+def test_a_flow_has_the_dial_too(folder, cli, capsys):
+    cli("--t", "0,0.5,1", "--steps", 2, "--suffix", "", "in/a.png", stage="flow")
+    told = capsys.readouterr().out
+    assert "t 0.5, midpoint, 4 evaluations" in told and "t 0, midpoint, 1 evaluations" in told
+    note = json.loads(Image.open("restored/a_t0.5.png").text["oftsr"])
+    assert (note["t"], note["solver"], note["nfe"]) == (0.5, "midpoint", 4)
+    cli("--steps", 2, "--suffix", "_whole", "in/a.png", stage="flow")
+    cli("--solver", "euler", "--steps", 1, "--suffix", "_euler", "in/a.png", stage="flow")
+    assert np.array_equal(read_image("restored/a_t1.png"), read_image("restored/a_whole.png"))
+    assert np.array_equal(read_image("restored/a_t0.png"), read_image("restored/a_euler.png"))
+    assert not np.array_equal(read_image("restored/a_t0.5.png"), read_image("restored/a_t1.png"))
 
 
 def test_upscale_does_not_confuse_flow_and_student(folder, weights, tmp_path):
     array, flow, student = read_image("in/a.png"), weights / "flow.safetensors", weights / "distill.safetensors"
     by_default = sample.upscale(array, ckpt=flow, device="cpu", steps=2)
     assert np.array_equal(by_default, sample.upscale(array, ckpt=flow, device="cpu", solver="midpoint", steps=2))
-    for wrong, says in ((dict(ckpt=flow, t=0.5), "stage-1 flow"), (dict(ckpt=student, solver="euler"), "one-step student"),
+    for wrong, says in ((dict(ckpt=student, solver="euler"), "one-step student"), (dict(ckpt=flow, t=-1), "from 0"),
                         (dict(ckpt=student, t=7), "from 0"), (dict(ckpt=student, tile=64), "larger than twice")):
         with pytest.raises(InputError, match=says):
             sample.upscale(array, device="cpu", **wrong)
     save_release(tmp_path / "unknown.safetensors", tiny(), dict(task=None))
-    for wrong in ({}, dict(t=0.5, solver="euler")):
-        with pytest.raises(InputError, match="does not say what it is"):
-            sample.upscale(array, ckpt=tmp_path / "unknown.safetensors", device="cpu", **wrong)
+    with pytest.raises(InputError, match="does not say what it is"):
+        sample.upscale(array, ckpt=tmp_path / "unknown.safetensors", device="cpu")
     assert sample.upscale(array, ckpt=tmp_path / "unknown.safetensors", device="cpu", t=0.5).shape == (48, 68, 3)
 
 
