@@ -96,8 +96,8 @@ def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1
 
 def _rk45(v, x_in, rtol, atol, end):
     """Dormand-Prince with scipy's step control (the batch is one system), so that it takes the steps of scipy's RK45."""
-    def rms(x):  # on the CPU, since not every device has float64
-        return x.cpu().double().square().mean().sqrt().item()
+    def rms(x):
+        return x.to(torch.float32 if x.device.type == "mps" else torch.float64).square().mean().sqrt().item()  # mps has no float64
 
     x_t, t = x_in[:, :3].clone(), 0.0
     k = [v(t)]
