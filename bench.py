@@ -186,7 +186,7 @@ def worst(ours, right):
 
 
 def bench_kernels(device, dtype, only):
-    if device not in kernels._extension_devices():
+    if device not in kernels.extension_devices():
         raise SystemExit(f"there are no fused kernels for {device} tensors here: nothing to compare")
     torch._dynamo.config.recompile_limit = 64  # one function is compiled for every shape below
     # Sums are in another order than the reference's (PyTorch's channels_last GroupNorm alone errs by 1e-4); everything else is its very bits.

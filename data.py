@@ -99,10 +99,12 @@ def resolve_task(args, row=None):
 
 
 def rgb_array(im):
-    """A PIL picture of any mode as RGB, uint8 (H, W, 3): EXIF rotation applied, alpha composited on white, 16 bits brought to 8."""
+    """A PIL picture as RGB, uint8 (H, W, 3): EXIF rotation applied, alpha composited on white, 16 bits brought to 8. Raises InputError for floats."""
     im = ImageOps.exif_transpose(im)
     if im.mode.startswith("I;16") or im.mode == "I":
         im = Image.fromarray(np.clip(np.round(np.asarray(im, np.float32) / 257), 0, 255).astype(np.uint8))
+    if im.mode == "F":
+        raise InputError("its pixels are floats of an unknown range: save it with 8 or 16 bits")
     if im.has_transparency_data:
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -120,11 +122,25 @@ def read_image(path):
         raise InputError(f"{path} cannot be read as a picture: {e}") from None
 
 
+def picture_format(path):
+    """The format that Pillow would write to a file of that ending, or None."""
+    name = Image.registered_extensions().get(Path(path).suffix.lower())
+    return name if name in Image.SAVE else None
+
+
+def check_fits(path, height, width):
+    """Raises InputError if a picture of that size does not fit the format that path's ending names."""
+    most = {"WEBP": 16383, "JPEG": 65500}.get(picture_format(path), 2**31 - 1)
+    if max(height, width) > most:
+        raise InputError(f"cannot write {path}: {width} x {height}, and {Path(path).suffix} has at most {most} pixels a side (use .png)")
+
+
 def write_image(path, array, **options):
-    """Write uint8 (H, W, 3) to path, in the format its ending names; whole or not at all. options go to Pillow."""
-    image_format = Image.registered_extensions().get(Path(path).suffix.lower())
+    """Write uint8 (H, W, 3) to path, in the format its ending names; whole or not at all. options go to Pillow. Raises InputError."""
+    image_format = picture_format(path)
     if image_format is None:
         raise InputError(f"cannot write {path}: the ending names no picture format (use .png, .jpg or .webp)")
+    check_fits(path, *array.shape[:2])
     atomic_write(path, lambda tmp: Image.fromarray(array).save(tmp, format=image_format, **options))
 
 
@@ -133,12 +149,17 @@ def to_float(x):
     return x.float() / 127.5 - 1
 
 
+def is_picture(path):
+    """Whether path is a file that looks like a picture by its name, and not one of the system's hidden ones."""
+    return path.suffix.lower() in EXTENSIONS and path.is_file() and not path.name.startswith(".")
+
+
 def list_images(folder):
     """Every picture below folder, sorted by path. Raises InputError if there is no folder or no picture in it."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder {folder}")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file() and not p.name.startswith("."))
+    paths = sorted(p for p in folder.rglob("*") if is_picture(p))
     if not paths:
         raise InputError(f"no pictures in {folder} (looked for {' '.join(sorted(EXTENSIONS))})")
     return paths
@@ -262,11 +283,13 @@ def training_batches(paths, task, seed, batch_size, start, rank, world, num_work
 
 
 def validation_pictures(paths, task, count):
-    """The middles of `count` of the files, spread evenly: (N, 3, S, S) uint8, S = 256 or the task's size if larger.
+    """The middles of `count` of the files, spread evenly: (N, 3, S, S) uint8, S = the task's size, or the first multiple of it from 256 on.
 
     A broken one is left out with a warning; InputError if none is left.
     """
-    size, pictures = max(task.image_size, 256) if task.crop == "random" else task.image_size, []
+    size, pictures = task.image_size, []
+    if task.crop == "random":
+        size *= max(1, -(-256 // size))  # a multiple, as it has to be one of the scale and of the network's, too
     for p in spread(paths, count):
         try:
             pictures.append(torch.from_numpy(np.array(center_crop(Image.fromarray(read_image(p)), size)).transpose(2, 0, 1)))

@@ -76,6 +76,8 @@ def parse_args(argv):
     args = p.parse_args(argv)
     if args.t_min > args.t_max:
         p.error(f"--t_min {args.t_min} is above --t_max {args.t_max}")
+    if args.objective != "oftsr" and args.t_max == 1:
+        p.error("--t_max 1: Eq. (15) and (16) divide by 1 - t or s - t, which would be 0: stay below 1")
     return args
 
 
@@ -117,7 +119,7 @@ def find_teacher(task_name):
             checkpoint = load_checkpoint(path)
         except InputError:  # somebody else's, or broken
             continue
-        if checkpoint.get("stage") == "flow" and checkpoint["task"]["name"] == task_name:
+        if checkpoint.get("stage") == "flow" and checkpoint.get("task", {}).get("name") == task_name:
             return path
     if task_name == "photos" and TEACHER.is_file():
         return TEACHER
@@ -136,6 +138,10 @@ def main(argv=None):
     if meta["task"] and meta["task"]["name"] != args.dataset:
         raise InputError(f"{args.teacher} was trained for {meta['task']['name']}: say --dataset {meta['task']['name']}")
     task = data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None)
+    if (meta["task"] or {}).get("model", task.model) != task.model:
+        raise InputError(f"{args.teacher} holds the network {meta['task']['model']!r}, not {task.model!r}: its student is the same")
+    if teacher.precond and teacher.precond["sigma_p"] != task.sigma_p:
+        raise InputError(f"{args.teacher} was trained with --sigma_p {teacher.precond['sigma_p']}, not {task.sigma_p}: give the same")
 
     # --- processes and device ---
     rank, world, local_world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
@@ -152,7 +158,7 @@ def main(argv=None):
     train_paths, val_paths = data.find_data(task, args.data_dir)
 
     # --- model ---
-    now, checkpoint, start = {**vars(args), "world": world}, None, teacher
+    now, checkpoint, start = {**vars(args), "world": world, "teacher_step": meta["step"]}, None, teacher
     if args.init_from == "resume":
         checkpoint, other = resume(out_dir / "ckpt.pt", "distill", asdict(task), now)
     elif (out_dir / "ckpt.pt").exists() and not args.dry_run:

@@ -220,7 +220,7 @@ def find_truth(task, data_dir, count):
     """
     folder, paths, val = data.find_pictures(task, data_dir)
     chosen = data.spread(val or paths, count or len(paths))
-    return by_stem(chosen, folder), f"{len(chosen)} {'validation pictures' if val else 'pictures'} of {folder}"
+    return by_stem(chosen, folder), f"{len(chosen)} {'validation pictures' if val else 'pictures, none marked for validation,'} of {folder}"
 
 
 def load_truth(path, task):
@@ -269,6 +269,8 @@ def load_network(path, device, args):
     stage = meta["stage"] or args.stage
     if stage is None:
         raise InputError(f"{path} does not say what it is: add --stage flow or --stage distill")
+    if args.stage and args.stage != stage:
+        raise InputError(f"{path} says that its stage is {stage}: --stage is for files that do not")
     if args.dataset:
         task = data.resolve_task(args)
         if meta["task"] and args.sigma_p is None:
@@ -300,6 +302,8 @@ def check_networks(networks, args):
     stages = {n.stage for n in networks}
     if (args.solver or args.steps) and "flow" not in stages:
         raise InputError("--solver and --steps are for a stage-1 flow, and none is among the checkpoints")
+    if args.steps and args.solver == ["rk45"]:
+        raise InputError("rk45 chooses its steps itself, by --rtol and --atol: it goes without --steps")
 
 
 def plan_rows(networks, args):
@@ -314,10 +318,11 @@ def plan_rows(networks, args):
             rows += [Row(f"{n.name}_t{t:g}", n, n.name, dict(t=t)) for t in dict.fromkeys(args.t or (0, 0.25, 0.5, 0.75, 1))]
             continue
         for solver in dict.fromkeys(args.solver or ("midpoint",)):
-            sweep = [(solver, k) for k in dict.fromkeys(args.steps or (1, 2, 4, 8))]
-            if not args.steps and "euler" not in (solver, *(args.solver or ())):
-                sweep.insert(0, ("euler", 1))
-            hows = [dict(solver="rk45", rtol=args.rtol, atol=args.atol)] if solver == "rk45" else [dict(solver=s, steps=k) for s, k in sweep]
+            hows = [dict(solver=solver, steps=k) for k in dict.fromkeys(args.steps or (1, 2, 4, 8))]
+            if solver == "rk45":
+                hows = [dict(solver=solver, rtol=args.rtol, atol=args.atol)]
+            elif not (args.steps or args.t or "euler" in (args.solver or ())):
+                hows.insert(0, dict(solver="euler", steps=1))
             for how in hows:
                 name = f"{how['solver']}{how.get('steps', '')}"
                 if args.t:
@@ -338,7 +343,7 @@ def run_row(row, truth, task, seeds, out_dir, lpips, device, dtype, tile, tile_p
     for seed in seeds:
         for stem, path in truth.items():
             x_1 = data.to_float(torch.from_numpy(data.read_image(path)).permute(2, 0, 1)[None])
-            number = int.from_bytes(hashlib.sha256(path.stem.encode()).digest()[:4], "little")
+            number = int.from_bytes(hashlib.sha256(os.fsencode(path.stem)).digest()[:4], "little")
             stream = data.image_seeds(seed, torch.tensor([number]))
             x_lr = data.degrade(x_1, task, stream)
             if row.network is None:

@@ -423,9 +423,12 @@ def load_checkpoint(path):
     if not Path(path).is_file():
         raise InputError(f"no checkpoint at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # the unpickler raises whatever the bytes lead it to
         raise InputError(f"{path} is broken or not a checkpoint ({type(e).__name__})") from e
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path} is not a checkpoint (it holds a {type(checkpoint).__name__})")
+    return checkpoint
 
 
 def save_release(path, model, meta):
@@ -460,7 +463,7 @@ def load_model(path, device="cpu", model=None):
         meta, state = _read_release(path)
     else:
         checkpoint = load_checkpoint(path)
-        if not isinstance(checkpoint, dict) or "ema" not in checkpoint:
+        if "ema" not in checkpoint:
             raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
         meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model")}
         state = checkpoint["ema"]["shadow_params"]

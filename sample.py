@@ -12,10 +12,12 @@ import argparse
 import functools
 import glob
 import json
+import math
 import os
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 # Before torch is loaded: OpenMP threads that sleep while they wait for each other cost a tenth on an idle machine, and
@@ -24,10 +26,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, PngImagePlugin
 
 import data
-from kernels import dopri5_error, dopri5_stage_, euler_step_, noise_augment, rk2_stage_, to_uint8
+from kernels import dopri5_error, dopri5_stage_, euler_step_, extension_devices, noise_augment, rk2_stage_, to_uint8
 from kernels.reference import DOPRI5_C
 from model import PRESETS, InputError, load_model, pick_device, pick_dtype
 
@@ -66,11 +69,11 @@ def mean_slope(model, x_in, v1, t, dt, solver):
 def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1.0):
     """The flow from time 0 to t in [0, 1], in place in channels 0 to 2 of x_in = concat(x_0, x_lr) (B, 6, H, W).
 
-    solver "euler", or second-order "midpoint", "ralston", "heun", in `steps` equal steps; or the adaptive "rk45"
-    with rtol and atol. Before 1 it is carried on by its mean velocity so far: x_1^t = x_0 + (x_t - x_0) / t, what a
+    solver "euler", or second-order "midpoint", "ralston", "heun", in equal steps, `steps` of which would lead to 1;
+    or the adaptive "rk45" with rtol and atol. Before 1 it is carried on by its mean velocity so far: x_1^t = x_0 + (x_t - x_0) / t, what a
     student that fulfils Eq. (7) says at t. Returns (x_1^t, the number of function evaluations: calls of model).
     """
-    if t == 0:  # where the mean velocity is the first one
+    if t < 1e-3:  # the mean velocity is the first one; dividing by t would magnify roundings
         return one_step(model, x_in, 0.0), 1
     nfe, x_0 = 0, x_in[:, :3].clone() if t < 1 else None
 
@@ -82,6 +85,7 @@ def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1
     if solver == "rk45":
         _rk45(v, x_in, rtol, atol, t)
     else:
+        steps = math.ceil(round(steps * t, 6))
         alpha, dt = RK2_NODES.get(solver), t / steps
         for i in range(steps):
             v1 = v(i * dt)
@@ -202,12 +206,16 @@ def check_tile(tile, tile_pad):
         raise InputError(f"--tile {side} must be larger than twice --tile_pad ({2 * tile_pad})")
 
 
-def choose(stage, t, solver, steps):
-    """What a checkpoint of that stage is asked for: (ts, None) of a student, (ts, solver) of a flow. Raises InputError if it cannot."""
+def choose(stage, task, t, solver, steps):
+    """What a checkpoint of that stage and task is asked for: (ts, None) of a student, (ts, solver) of a flow. Raises InputError if it cannot."""
+    if not task.condition:
+        raise InputError("this checkpoint is unconditional: it draws pictures of its own, and restores none")
     if stage == "distill" and (solver or steps):
         raise InputError("this checkpoint is a one-step student: it takes --t, not --solver or --steps")
-    if stage is None and not (t or solver):
-        raise InputError("this checkpoint does not say what it is: give --t if it is a distilled student, --solver if it is a stage-1 flow")
+    if stage is None and not solver and (steps or not t):
+        raise InputError("this checkpoint does not say what it is: give --t alone if it is a distilled student, --solver if it is a stage-1 flow")
+    if solver == "rk45" and steps:
+        raise InputError("rk45 chooses its steps itself, by --rtol and --atol: it goes without --steps")
     return (t or [1.0], solver or "midpoint") if stage == "flow" or solver else (t or [0.5], None)
 
 
@@ -235,14 +243,15 @@ def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile=
     kind as image. Raises InputError.
     """
     net, stage, task = load(ckpt, device)
+    task = task or data.TASKS["photos"]
     if t is not None and not 0 <= t <= 1:
         raise InputError(f"t goes from 0 (fidelity) to 1 (realism), not {t}")
-    ts, solver = choose(stage, None if t is None else [t], solver, steps)
+    ts, solver = choose(stage, task, None if t is None else [t], solver, steps)
     array = data.rgb_array(image) if isinstance(image, Image.Image) else np.array(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise InputError(f"an array should be uint8 (H, W, 3), not {array.dtype} {array.shape}")
     dtype = pick_dtype(dtype, pick_device(device))
-    out = upscale_array(net, task or data.TASKS["photos"], array, ts, seed, dtype, tile, solver=solver, steps=steps or STEPS, **how)[0][0]
+    out = upscale_array(net, task, array, ts, seed, dtype, tile, solver=solver, steps=steps or STEPS, **how)[0][0]
     return Image.fromarray(out) if isinstance(image, Image.Image) else out
 
 
@@ -254,6 +263,8 @@ def upscale_array(net, task, array, ts, seed, dtype, tile="auto", **how):
     results = []
     for t in ts:
         x_1, nfe = restore(net, x_lr, task.sigma_p, torch.tensor([seed]), t, tile=tile, dtype=dtype, **how)
+        if not x_1.isfinite().all():
+            raise InputError(f"at t = {t:g} the network gave a value that is not finite")
         results.append((to_uint8(x_1)[0].numpy(), nfe))
     return results
 
@@ -270,8 +281,8 @@ def parse_args(argv):
     p.add_argument("--t", type=dial, help="0 fidelity to 1 realism, one number or a sweep as 0,0.5,1 (default: 0.5; of a stage-1 flow 1)")
     p.add_argument("--solver", choices=SOLVERS, help="integrate a stage-1 flow instead (default for a stage-1 checkpoint: midpoint)")
     p.add_argument("--steps", type=data.in_range(int, 1), help=f"steps of the solver (default: {STEPS})")
-    p.add_argument("--rtol", type=data.in_range(float, 1e-6), default=1e-3, help="relative tolerance of rk45")
-    p.add_argument("--atol", type=data.in_range(float, 1e-6), default=1e-3, help="absolute tolerance of rk45")
+    p.add_argument("--rtol", type=data.in_range(float, 1e-6), help="relative tolerance of rk45 (default: 1e-3)")
+    p.add_argument("--atol", type=data.in_range(float, 1e-6), help="absolute tolerance of rk45 (default: 1e-3)")
     p.add_argument("--ckpt", help="weights: a ckpt.pt, a .safetensors or a published file (default: the shipped student)")
     p.add_argument("--model", choices=PRESETS, help="network preset, for a published file, which does not say")
     p.add_argument("--dataset", choices=data.TASKS, help="task, for a file that does not say (default: photos)")
@@ -313,7 +324,7 @@ def find_inputs(inputs, recursive):
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            files = data.list_images(path) if recursive else [p for p in sorted(path.iterdir()) if p.suffix.lower() in data.EXTENSIONS]
+            files = data.list_images(path) if recursive else [p for p in sorted(path.iterdir()) if data.is_picture(p)]
             if not files:
                 raise InputError(f"no pictures in {path} itself (-r looks into its folders too)")
             found += [(p, p.relative_to(path)) for p in files]
@@ -331,9 +342,11 @@ def plan_outputs(pictures, args, ts):
 
     Raises InputError where two of them, or one and an input, would meet.
     """
-    to_file = Path(args.output).suffix.lower() in data.EXTENSIONS and not Path(args.output).is_dir()
+    to_file = data.picture_format(args.output) is not None and not Path(args.output).is_dir()
     if to_file and len(pictures) > 1:
         raise InputError(f"{len(pictures)} pictures do not fit in one file: -o {args.output} should name a folder")
+    if to_file and args.ext != "auto":
+        raise InputError(f"-o {args.output} names the format already: it goes without --ext")
     plan, taken = [], {p.resolve(): p for p, _ in pictures}
     for path, place in pictures:
         ending = path.suffix.lower() if args.ext == "auto" else f".{args.ext}"
@@ -365,40 +378,59 @@ def main(argv=None):
     if task and args.dataset:
         raise InputError(f"this checkpoint says its task ({task.name}): --dataset is for files that do not")
     task = task or data.TASKS[args.dataset or "photos"]
-    ts, solver = choose(stage, args.t, args.solver, args.steps)
+    ts, solver = choose(stage, task, args.t, args.solver, args.steps)
     check_tile(args.tile, args.tile_pad)
+    if solver != "rk45" and (args.rtol or args.atol):
+        raise InputError("--rtol and --atol are for --solver rk45")
     if args.suffix is None:
         args.suffix = f"_x{args.outscale or task.scale:g}"
+    if Path(args.suffix).name != args.suffix:
+        raise InputError(f"--suffix {args.suffix} goes into a file's name, and names no folder: that is -o")
     dtype = pick_dtype(args.dtype, device)
-    how = dict(tile=args.tile, tile_pad=args.tile_pad, solver=solver, steps=args.steps or STEPS, rtol=args.rtol, atol=args.atol)
+    how = dict(tile=args.tile, tile_pad=args.tile_pad, solver=solver, steps=args.steps or STEPS, rtol=args.rtol or 1e-3, atol=args.atol or 1e-3)
     note = dict(seed=args.seed, weights=Path(args.ckpt or WEIGHTS).name, dtype=str(dtype).removeprefix("torch."), tile=args.tile)
 
+    extension_devices()  # chosen here: what is wrong with the kernels is not a picture's fault
+    # --- under torchrun the processes share one list, and leave together ---
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     pictures = find_inputs(args.inputs, args.recursive)
     plan = list(zip(pictures, plan_outputs(pictures, args, ts), strict=True))
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        share = [plan]
+        dist.broadcast_object_list(share)
+        plan = share[0]
+
     done = skipped = 0
-    for (path, _), outs in plan[rank::world]:  # under torchrun the processes share the list
+    for (path, _), outs in plan[rank::world]:
         todo = [(t, out) for t, out in zip(ts, outs, strict=False) if not (args.skip_existing and out.exists())]
         try:
             start = time.time()
             array = data.read_image(path)
+            size = [max(1, round(side * (args.outscale or task.scale))) for side in array.shape[:2]]
+            for out in outs:
+                data.check_fits(out, size[0], size[1] * (len(ts) + 1 if args.strip and out is outs[-1] else 1))
             results = upscale_array(net, task, array, [t for t, _ in todo], args.seed, dtype, **how)
+            seconds = (time.time() - start) / max(1, len(todo))
+            bigs = [np.asarray(Image.fromarray(big).resize(size[::-1], Image.LANCZOS)) if args.outscale else big for big, _ in results]
             if args.strip and len(todo) == len(ts):
-                enlarged = array.repeat(task.scale, axis=0).repeat(task.scale, axis=1)
-                data.write_image(outs[-1], np.hstack([enlarged, *(big for big, _ in results)]))
-            for (t, out), (big, nfe) in zip(todo, results, strict=True):
-                if args.outscale:
-                    size = [max(1, round(s * args.outscale)) for s in (array.shape[1], array.shape[0])]
-                    big = np.asarray(Image.fromarray(big).resize(size, Image.LANCZOS))
+                data.write_image(outs[-1], np.hstack([np.asarray(Image.fromarray(array).resize(size[::-1], Image.NEAREST)), *bigs]))
+            for (t, out), (_, nfe), big in zip(todo, results, bigs, strict=True):
                 save(out, big, args, {**note, "t": t, **(dict(solver=solver, nfe=nfe) if solver else {})})
                 print(f"{path} {array.shape[1]}x{array.shape[0]} -> {out} {big.shape[1]}x{big.shape[0]}, "
-                      f"t {t:g}, {f'{solver}, {nfe} evaluations, ' if solver else ''}{time.time() - start:.1f} s", flush=True)
-                start = time.time()
+                      f"t {t:g}, {f'{solver}, {nfe} evaluations, ' if solver else ''}{seconds:.1f} s", flush=True)
             done += 1
-        except (InputError, OSError, ArithmeticError, torch.OutOfMemoryError) as e:  # rk45 that fails; a picture too large
+        except (InputError, OSError, ArithmeticError, MemoryError, RuntimeError) as e:  # rk45 that fails; a picture too large
+            if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):
+                raise  # on a CPU PyTorch's being out of memory has no class of its own
             skipped += 1
-            print(f"skipped: {'' if isinstance(e, InputError) else f'{path}: '}{str(e).splitlines()[0]}", file=sys.stderr)
-    if done + skipped > 1 or skipped:
+            print(f"skipped: {'' if isinstance(e, InputError) else f'{path}: '}{(str(e) or 'out of memory').splitlines()[0]}", file=sys.stderr)
+    if world > 1:
+        counts = torch.tensor([done, skipped])
+        dist.all_reduce(counts)
+        done, skipped = counts.tolist()
+        dist.destroy_process_group()
+    if rank == 0 and (done + skipped > 1 or skipped):
         print(f"{done} done, {skipped} skipped", file=sys.stderr if skipped else sys.stdout)
     return 1 if skipped else 0
 
@@ -406,5 +438,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except InputError as e:
+    except (InputError, OSError) as e:
         sys.exit(f"sample.py: {e}")

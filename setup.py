@@ -1,6 +1,6 @@
 """pip install -e .                           pure Python: needs no compiler, and no torch before it installs it;
                                               the kernels are built at their first use (kernels/build.py)
-pip install --no-build-isolation .            with the kernels built ahead of time, where there is a compiler
+pip install --no-build-isolation -e .         with the kernels built ahead of time, where there is a compiler
 python setup.py build_ext --inplace           the kernels alone, beside their sources
 """
 import importlib.util

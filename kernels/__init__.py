@@ -24,8 +24,11 @@ ops = torch.ops.oftsr
 _chosen = None  # the device types that the extension serves, once chosen
 
 
-def _extension_devices():
-    """The types of device whose tensors the extension takes: ("cpu",), ("cpu", "cuda") or ()."""
+def extension_devices():
+    """The types of device whose tensors the extension takes: ("cpu",), ("cpu", "cuda") or (). Chosen at the first call.
+
+    Raises EnvironmentError if OFTSR_KERNELS asks for what is not there, RuntimeError if the extension does not compile.
+    """
     global _chosen
     if _chosen is None:
         _chosen, words = _choose(os.environ.get("OFTSR_KERNELS", "auto"))
@@ -34,12 +37,12 @@ def _extension_devices():
     return _chosen
 
 
-_extension_devices._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without importing the compiler
+extension_devices._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without importing the compiler
 
 
 def _choose(wanted):
     if wanted not in ("auto", "ext", "torch"):
-        raise ValueError(f"OFTSR_KERNELS is auto, ext or torch, not {wanted}")
+        raise EnvironmentError(f"OFTSR_KERNELS is auto, ext or torch, not {wanted}")
     if wanted == "torch":
         return (), "PyTorch, as OFTSR_KERNELS=torch asks"
     gpu = torch.cuda.is_available()
@@ -57,7 +60,7 @@ def _choose(wanted):
 
 
 def _native(x):
-    return x.device.type in _extension_devices()
+    return x.device.type in extension_devices()
 
 
 def _arithmetic(x, *others):

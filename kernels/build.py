@@ -23,8 +23,8 @@ if platform.machine() in ("x86_64", "AMD64"):
 NVCC_FLAGS = ["-std=c++20", "-O3", "--fmad=false"]
 
 
-class MissingTool(RuntimeError):
-    """There is nothing to build with: the message names the tool and the command that installs it."""
+class MissingTool(EnvironmentError):
+    """There is nothing to build with, or nowhere to build: the message says what would mend it."""
 
 
 def sources(cuda):
@@ -133,7 +133,11 @@ def build(folder, path, cuda):
     from filelock import FileLock  # comes with torch; the system frees it when its process dies, however it dies
     compiler()
     ninja()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.lock").touch()
+    except OSError as e:
+        raise MissingTool(f"cannot write {folder} ({e.strerror}): name a folder that can be written in TORCH_EXTENSIONS_DIR") from None
     with FileLock(folder / "build.lock"):
         if path.exists():  # another process was first
             return

@@ -95,6 +95,9 @@ def test_read_image_kinds(tmp_path):
     Image.fromarray(np.dstack([rgb, alpha])).save(path)
     out = data.read_image(path)
     assert (out[:, :20] == 255).all() and np.array_equal(out[:, 20:], rgb[:, 20:])
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match="float.tif cannot be read .* 8 or 16 bits"):
+        data.read_image(tmp_path / "float.tif")
     exif = Image.Exif()
     exif[274] = 6  # the camera was held upright: turn a quarter clockwise
     Image.fromarray(rgb).save(path, exif=exif)
@@ -123,6 +126,25 @@ def test_write_image_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(TypeError):
         data.write_image(tmp_path / "a.png", picture().astype(np.float64))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_write_image_names_the_formats_limit(tmp_path):
+    for ending, side in (("webp", 16383), ("jpg", 65500)):
+        path = tmp_path / f"x.{ending}"
+        with pytest.raises(InputError, match=f"at most {side} pixels"):
+            data.write_image(path, np.zeros((1, side + 1, 3), np.uint8))
+        assert not list(tmp_path.iterdir())
+        data.write_image(path, np.zeros((1, side, 3), np.uint8))
+        path.unlink()
+
+
+@pytest.mark.parametrize("scale, size, expected", [(4, 96, 288), (3, 96, 288), (4, 256, 256), (8, 512, 512)])
+def test_validation_pictures_fit_the_scale_and_the_network(scale, size, expected, tmp_path):
+    Image.fromarray(picture(300, 320)).save(tmp_path / "a.png")
+    task = data.replace(data.TASKS["photos"], scale=scale, image_size=size)
+    x = data.validation_pictures([tmp_path / "a.png"], task, 1)
+    assert x.shape == (1, 3, expected, expected)
+    assert data.degrade(data.to_float(x), task, torch.tensor([0])).shape == x.shape
 
 
 def test_order_is_permutations_shared_by_the_processes():

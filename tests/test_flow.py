@@ -94,6 +94,10 @@ def test_the_flows_dial_is_the_mean_velocity_up_to_t(solver):
         x, nfe = integrate(fixed_field(lambda tau: 3 * tau**2), x_in.clone(), solver, 64, rtol=1e-6, atol=1e-6, t=t)
         assert torch.allclose(x - x_in[:, :3], torch.full_like(x, t**2), atol=0.03 if solver == "euler" else 2e-4)
         assert nfe == 1 if t == 0 else nfe > 6
+    _, nfe = integrate(fixed_field(lambda tau: 3 * tau**2), x_in.clone(), "midpoint", 5, t=0.6)
+    assert nfe == 6  # three of the five steps that lead to 1
+    x, _ = integrate(fixed_field(lambda tau: 0 * tau + 0.3), x_in.clone(), solver, t=1e-6)
+    assert torch.allclose(x - x_in[:, :3], torch.full_like(x, 0.3), atol=1e-6)
 
 
 def test_integrate_leaves_x_lr_alone_and_works_in_place():

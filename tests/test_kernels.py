@@ -27,7 +27,7 @@ LAYOUTS = ["contiguous", "channels_last", "slice", "channels_last slice"]
 
 
 def native(device):
-    if device not in kernels._extension_devices():
+    if device not in kernels.extension_devices():
         pytest.skip(f"the extension does not serve {device} tensors here")
 
 
@@ -271,6 +271,20 @@ def test_norm(dtype, layout, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_norm_of_a_large_picture(layout, device):
+    """More pixels than 1,024 chunks of the usual size hold, and several channels in a group."""
+    native(device)
+    args = norm_inputs((1, 12, 520, 520), torch.float32, layout, device, scale_shift=True)
+    ours, exact = ([a.detach().to(where).requires_grad_() for a in args] for where in (device, "cpu"))
+    y, right = kernels.group_norm_silu(ours[0], 4, *ours[1:]), exact_norm(exact[0], 4, *exact[1:])
+    torch.testing.assert_close(y.double().cpu(), right, rtol=1e-5, atol=1e-5)
+    dy = tensor(9, y.shape, torch.float32, layout, device)
+    for a, b in zip(torch.autograd.grad(y, ours, dy), torch.autograd.grad(right, exact, dy.double().cpu()), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=2e-5, atol=2e-5 * max(1, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_norm_of_a_large_mean(device):
     """A mean of 1,000 deviations leaves float32's rounding of x alone: one pass over x^2 - mean^2 would err by 0.1."""
     native(device)
@@ -474,10 +488,11 @@ def test_choice(tmp_path):
         "absent, ext": python(USE, tmp_path / "c", OFTSR_KERNELS="ext", CXX="no-such-compiler", OFTSR_MARCH="x86-64"),
         "broken, auto": python(USE, tmp_path / "d", OFTSR_KERNELS="auto", CXX=broken, OFTSR_MARCH="x86-64"),
         "nonsense": python(USE, tmp_path / "e", OFTSR_KERNELS="fast"),
+        "nowhere, auto": python(USE, tmp_path / "broken" / "cache", OFTSR_KERNELS="auto"),  # below a file
     }
     out = {name: (*run.communicate(), run.returncode) for name, run in runs.items()}
     noise = str(reference.normal(torch.tensor([1]), (1, 1, 1, 2)).tolist())
-    for name, word in (("torch", "OFTSR_KERNELS=torch"), ("absent, auto", "no C++ compiler (no-such-compiler is not on the PATH)")):
+    for name, word in (("torch", "OFTSR_KERNELS=torch"), ("absent, auto", "no C++ compiler (no-such-compiler is not on the PATH)"), ("nowhere, auto", "in TORCH_EXTENSIONS_DIR")):
         stdout, stderr, code = out[name]
         said = [line for line in stderr.splitlines() if line.startswith("kernels: ")]
         assert code == 0 and stdout.strip() == noise and len(said) == 1 and said[0].startswith("kernels: PyTorch") and word in said[0], out[name]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import sample
 from data import TASKS, degrade, read_image, to_float
 from evaluate import psnr_rgb
@@ -75,6 +76,10 @@ def test_folders_patterns_and_formats(folder, cli, capsys):
     assert written(folder / "tree") == ["a.webp", "b.webp", "below/c.webp"]
     cli("-i", "in/*.png", "-o", "glob")
     assert written(folder / "glob") == ["a_x4.png"]
+    cli("in/a.png", "-o", "this.gif")
+    assert Image.open("this.gif").format == "GIF"
+    cli("in/a.png", "-o", "strip", "-s", 3, "--strip")
+    assert Image.open("strip/a_x3_strip.png").size == (2 * 51, 36)
     cli("in/a.png", "-o", "just/this.jpg", "-s", 2.5)
     assert Image.open("just/this.jpg").size == (42, 30) and Image.open("just/this.jpg").format == "JPEG"
     capsys.readouterr()
@@ -93,7 +98,7 @@ def test_pixels_depend_on_the_picture_and_the_seed_only(folder, cli):
 
 @pytest.mark.parametrize("solver, evaluations", [("euler", 3), ("heun", 6), ("ralston", 6), ("midpoint", 6), ("rk45", None)])
 def test_solvers_of_a_flow(solver, evaluations, folder, cli):
-    cli("in/a.png", "--solver", solver, "--steps", 3, stage="flow")
+    cli("in/a.png", "--solver", solver, *(["--steps", 3] if evaluations else []), stage="flow")
     note = json.loads(Image.open("restored/a_x4.png").text["oftsr"])
     assert note["solver"] == solver and note["nfe"] == (evaluations or note["nfe"]) >= 3
 
@@ -109,6 +114,47 @@ def test_a_bad_picture_is_skipped_and_counted(folder, cli, capsys):
     captured = capsys.readouterr()
     assert "skipped: in/bad.png cannot be read" in captured.err and captured.err.strip().endswith("2 done, 1 skipped")
     assert written(folder) == ["restored/a_x4.png", "restored/b_x4.jpg"]
+
+
+def test_what_one_picture_lacks_is_not_the_others_loss(folder, cli, capsys, monkeypatch):
+    """Out of memory, in PyTorch's words or Python's; a result that does not fit its format; values that are not finite."""
+    restore = sample.restore
+
+    def fail_with(error):
+        def failing(net, x_lr, *args, **how):
+            if x_lr.shape[3] == 68:  # a.png
+                raise error
+            return restore(net, x_lr, *args, **how)
+        monkeypatch.setattr(sample, "restore", failing)
+
+    for error in (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        fail_with(error)
+        assert cli("in", "-o", "out") == 1
+        said = capsys.readouterr().err
+        assert "skipped: in/a.png" in said and "memory" in said and written(folder) == ["out/b_x4.jpg"]
+    fail_with(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli("in", "-o", "out")
+    monkeypatch.setattr(sample, "restore", lambda net, x_lr, *args, **how: (torch.full_like(x_lr, float("nan")), 1))
+    assert cli("in/a.png", "-o", "nan") == 1 and "not finite" in capsys.readouterr().err
+    Image.new("RGB", (4097, 2)).save("wide.webp")
+    assert cli("wide.webp", "-o", "out") == 1 and "has at most 16383 pixels a side" in capsys.readouterr().err  # before any work: restore would give NaN
+    assert written(folder) == ["out/b_x4.jpg", "wide.webp"]
+
+
+def test_processes_share_the_list_and_a_bad_picture_stops_no_other(folder, weights):
+    Path("in/aa.png").write_bytes(b"\x89PNG but no more")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "sample.py"), "-r", "in", "-o", "out",
+               "--ckpt", str(weights / "distill.safetensors"), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "3 done, 1 skipped" in done.stderr
+    assert written(folder) == ["out/a_x4.png", "out/b_x4.jpg", "out/below/c_x4.png"]
+
+
+def test_an_unconditional_flow_restores_nothing(folder, tmp_path):
+    save_release(tmp_path / "free.safetensors", tiny(), dict(stage="flow", task=asdict(data.TASKS["ffhq_uncond"])))
+    with pytest.raises(InputError, match="unconditional"):
+        sample.main(["--ckpt", str(tmp_path / "free.safetensors"), "in/a.png"])
 
 
 def test_an_input_is_never_overwritten(folder, cli):
@@ -133,6 +179,9 @@ def test_an_input_is_never_overwritten(folder, cli):
     (["in/a.png", "in/a.jpg", "--strip", "-o", "out"], "would meet"),
     (["in/a.png", "in/a_x4_strip.png", "--strip", "-o", "in"], "would meet"),
     (["in/a.png", "--solver", "euler"], "one-step student"),
+    (["in/a.png", "--rtol", "0.1"], "for --solver rk45"),
+    (["in/a.png", "--suffix", "a/b"], "names no folder"),
+    (["in/a.png", "-o", "b.gif", "--ext", "png"], "without --ext"),
     (["in/a.png", "--device", "cuda:99"], "no device"),
     ([], "name a picture"),
 ])
@@ -150,9 +199,9 @@ def test_mistakes_are_one_line_and_write_nothing(args, says, folder, cli, capsys
 def test_a_flow_has_the_dial_too(folder, cli, capsys):
     cli("--t", "0,0.5,1", "--steps", 2, "--suffix", "", "in/a.png", stage="flow")
     told = capsys.readouterr().out
-    assert "t 0.5, midpoint, 4 evaluations" in told and "t 0, midpoint, 1 evaluations" in told
+    assert "t 0.5, midpoint, 2 evaluations" in told and "t 0, midpoint, 1 evaluations" in told
     note = json.loads(Image.open("restored/a_t0.5.png").text["oftsr"])
-    assert (note["t"], note["solver"], note["nfe"]) == (0.5, "midpoint", 4)
+    assert (note["t"], note["solver"], note["nfe"]) == (0.5, "midpoint", 2)
     cli("--steps", 2, "--suffix", "_whole", "in/a.png", stage="flow")
     cli("--solver", "euler", "--steps", 1, "--suffix", "_euler", "in/a.png", stage="flow")
     assert np.array_equal(read_image("restored/a_t1.png"), read_image("restored/a_whole.png"))

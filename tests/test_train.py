@@ -223,6 +223,13 @@ def test_only_its_own_run_is_resumed(photos, teacher, tmp_path, capsys):
         run(train_flow, photos, tmp_path / "x", "--init_from", teacher, "--sigma_p", 0.5)
     with pytest.raises(InputError, match="say --dataset photos"):
         run(distill, photos, tmp_path / "x", "--teacher", teacher, "--dataset", "div2k")
+    with pytest.raises(InputError, match="was trained with --sigma_p"):
+        run(distill, photos, tmp_path / "x", "--teacher", teacher, "--sigma_p", 0.5)
+    with pytest.raises(InputError, match="holds the network 'tiny', not 'photos'"):
+        run(distill, photos, tmp_path / "x", "--teacher", teacher, "--model", "photos")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(InputError, match="is not a checkpoint"):
+        run(distill, photos, tmp_path / "x", "--teacher", tmp_path / "list.pt")
     capsys.readouterr()
     resumed = run(distill, photos, tmp_path / "s", "--max_iters", 2, "--init_from", "resume", "--dt", 0.1)  # the teacher is remembered
     assert resumed["args"]["teacher"] == str(teacher)
