@@ -45,7 +45,7 @@ def photos(tmp_path_factory):
 def teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "flow.safetensors"
     task = dict(train_flow.asdict(train_flow.data.TASKS["photos"]), model="tiny")
-    save_release(path, tiny(), dict(stage="flow", step=1, task=task))
+    save_release(path, tiny(sigma_p=0.1), dict(stage="flow", step=1, task=task))
     return path
 
 
