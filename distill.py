@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import kernels
 from evaluate import load_lpips, validate
-from model import (EMA, InputError, UNet, count_macs, learning_rate, load_checkpoint, load_model, make_optimizers, pick_device,
+from model import (EMA, InputError, UNet, count_macs, keep_freed_memory, learning_rate, load_checkpoint, load_model, make_optimizers, pick_device,
                    pick_dtype, resume, rewind_log, save_checkpoint, save_release)
 from sample import RK2_NODES, integrate, mean_slope, one_step
 
@@ -145,6 +145,7 @@ def main(argv=None):
 
     # --- processes and device ---
     rank, world, local_world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    keep_freed_memory()
     device = pick_device(args.device)
     ddp, master = world > 1, rank == 0
     if ddp:

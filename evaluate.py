@@ -35,7 +35,7 @@ from PIL import Image
 
 import data
 from kernels import noise_augment, to_uint8
-from model import InputError, UNet, atomic_write, count_macs, load_model, pick_device, pick_dtype
+from model import InputError, UNet, atomic_write, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
 from sample import SOLVERS, auto_tile, check_tile, dial, restore, tile_size
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -499,6 +499,7 @@ def main(argv=None):
     args = parse_args(argv)
     check_flags(args)
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    keep_freed_memory()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.pairs:

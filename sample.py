@@ -32,7 +32,7 @@ from PIL import Image, PngImagePlugin
 import data
 from kernels import dopri5_error, dopri5_stage_, euler_step_, extension_devices, noise_augment, rk2_stage_, to_uint8
 from kernels.reference import DOPRI5_C
-from model import PRESETS, InputError, load_model, pick_device, pick_dtype
+from model import PRESETS, InputError, keep_freed_memory, load_model, pick_device, pick_dtype
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
 RK2_NODES = {"midpoint": 1 / 2, "ralston": 2 / 3, "heun": 1.0}
@@ -373,6 +373,7 @@ def save(path, array, args, note):
 
 def main(argv=None):
     args = parse_args(argv)
+    keep_freed_memory()
     device = pick_device(args.device)
     net, stage, task = load(args.ckpt, args.device, args.model)
     if task and args.dataset:

@@ -111,6 +111,22 @@ def test_muon_takes_the_inner_convolutions_and_adam_the_rest():
     assert len(make_optimizers(model, "adam", 1e-3, torch.float32)) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    """64 MiB again and again: by default 16,384 new pages each time (32 huge ones), kept none."""
+    code = """if True:
+        import resource, sys, torch
+        from model import keep_freed_memory
+        if "keep" in sys.argv: keep_freed_memory()
+        for _ in range(8): torch.ones(2**24)  # the heap takes its place
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5): torch.ones(2**24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    run = lambda *args: int(subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent).stdout)
+    kept = run("keep")
+    assert kept < 20 and run() > kept + 100
+
+
 def test_count_macs_counts_a_convolution_by_hand():
     """patch 2, one level: the first convolution alone is 24 x 32 x 9 multiplications at each of (H/2)(W/2) places."""
     small, large = (count_macs(tiny(), s, s) for s in (16, 32))
