@@ -390,8 +390,8 @@ def main(argv=None):
     dtype = pick_dtype(args.dtype, device)
     how = dict(tile=args.tile, tile_pad=args.tile_pad, solver=solver, steps=args.steps or STEPS, rtol=args.rtol or 1e-3, atol=args.atol or 1e-3)
     note = dict(seed=args.seed, weights=Path(args.ckpt or WEIGHTS).name, dtype=str(dtype).removeprefix("torch."), tile=args.tile)
-
     extension_devices()  # chosen here: what is wrong with the kernels is not a picture's fault
+
     # --- under torchrun the processes share one list, and leave together ---
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     pictures = find_inputs(args.inputs, args.recursive)
