@@ -119,7 +119,7 @@ def find_teacher(task_name):
             checkpoint = load_checkpoint(path)
         except InputError:  # somebody else's, or broken
             continue
-        if checkpoint.get("stage") == "flow" and checkpoint.get("task", {}).get("name") == task_name:
+        if checkpoint.get("stage") == "flow" and (checkpoint.get("task") or {}).get("name") == task_name:
             return path
     if task_name == "photos" and TEACHER.is_file():
         return TEACHER
@@ -130,7 +130,7 @@ def main(argv=None):
     args = parse_args(argv)
     out_dir = Path(args.out_dir or f"out/{args.dataset}_distill")
     if args.init_from == "resume" and args.teacher is None:
-        args.teacher = load_checkpoint(out_dir / "ckpt.pt")["args"].get("teacher")
+        args.teacher = load_checkpoint(out_dir / "ckpt.pt").get("args", {}).get("teacher")
     args.teacher = str(args.teacher or find_teacher(args.dataset))
     teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
     if meta["stage"] == "distill":

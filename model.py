@@ -83,7 +83,7 @@ class UpConv(nn.Conv2d):
         weight = torch.einsum("aph,bqw,oihw->aboipq", taps, taps, self.weight).flatten(0, 2)
         phases = F.conv2d(x, weight, self.bias.repeat(4), padding=1).unflatten(1, (2, 2, -1))  # (B, 2, 2, C', H+1, W+1)
         y = torch.empty(B, self.out_channels, 2 * H, 2 * W, dtype=phases.dtype, device=x.device, memory_format=torch.channels_last)
-        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):  # pixel (2i + a, 2j + b) is phase (a, b) at (i + a, j + b)
             y[:, :, a::2, b::2] = phases[:, a, b, :, a:a + H, b:b + W]
         return y
 
@@ -283,7 +283,7 @@ def keep_freed_memory():
     """Have the C library (glibc; elsewhere nothing happens) keep for the next layer what a layer frees. For whole programs.
 
     By default it hands large blocks back to the system at once and takes them anew, zeroed page by page: a tenth of
-    a training step on a CPU, and more than a third of the published network's time in float32 (LOG.md).
+    a training step on a CPU, and a third of the published network's time in float32 (LOG.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

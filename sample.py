@@ -6,7 +6,8 @@
     python sample.py --solver midpoint --steps 8 --ckpt out/photos_flow/ckpt.pt img.png
     python sample.py --solver rk45 --ckpt weights/photos_x4_flow.safetensors img.png
 
-t = 0 is the most faithful picture, t = 1 the most realistic. From Python: `from sample import upscale; big = upscale(image, t=0.5)`.
+t = 0 is the most faithful picture, t = 1 the most realistic; a flow has this dial too, at the price of its steps.
+From Python: `from sample import upscale; big = upscale(image, t=0.5)`.
 """
 import argparse
 import functools
@@ -70,8 +71,9 @@ def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1
     """The flow from time 0 to t in [0, 1], in place in channels 0 to 2 of x_in = concat(x_0, x_lr) (B, 6, H, W).
 
     solver "euler", or second-order "midpoint", "ralston", "heun", in equal steps, `steps` of which would lead to 1;
-    or the adaptive "rk45" with rtol and atol. Before 1 it is carried on by its mean velocity so far: x_1^t = x_0 + (x_t - x_0) / t, what a
-    student that fulfils Eq. (7) says at t. Returns (x_1^t, the number of function evaluations: calls of model).
+    or the adaptive "rk45" with rtol and atol. Before 1 it is carried on by its mean velocity so far,
+    x_1^t = x_0 + (x_t - x_0) / t, which is what a student that fulfils Eq. (7) says at t. Returns
+    (x_1^t (B, 3, H, W), the number of function evaluations: calls of model).
     """
     if t < 1e-3:  # the mean velocity is the first one; dividing by t would magnify roundings
         return one_step(model, x_in, 0.0), 1
@@ -99,7 +101,7 @@ def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1
 
 
 def _rk45(v, x_in, rtol, atol, end):
-    """Dormand-Prince with scipy's step control (the batch is one system), so that it takes the steps of scipy's RK45."""
+    """Dormand-Prince from 0 to end with scipy's step control (the batch is one system), so that it takes the steps of scipy's RK45."""
     def rms(x):
         return x.to(torch.float32 if x.device.type == "mps" else torch.float64).square().mean().sqrt().item()  # mps has no float64
 

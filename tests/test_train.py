@@ -153,7 +153,12 @@ def test_the_teacher_is_the_newest_of_its_task(photos, tmp_path, monkeypatch):
     for name in ("a", "b", "c"):
         run(train_flow, photos, tmp_path / "out" / name, "--max_iters", 1, *(["--dataset", "div2k", "--sigma_p", "0.2"] if name == "c" else []))
         os.utime(tmp_path / "out" / name / "ckpt.pt", (0, {"a": 200, "b": 100, "c": 300}[name]))
+    for name, foreign in (("list", [1, 2]), ("dict", dict(stage="flow", task=None))):  # somebody else's, and newer
+        (tmp_path / "out" / name).mkdir()
+        torch.save(foreign, tmp_path / "out" / name / "ckpt.pt")
     assert distill.find_teacher("photos") == Path("out/a/ckpt.pt")
+    with pytest.raises(InputError, match="not a checkpoint of this script"):
+        run(distill, photos, tmp_path / "out" / "dict", "--init_from", "resume")
     assert distill.find_teacher("div2k") == Path("out/c/ckpt.pt")
     with pytest.raises(InputError, match="no teacher for ffhq"):
         distill.find_teacher("ffhq")
