@@ -5,10 +5,12 @@ On one GPU:                 torchrun distill.py --dataset ffhq --data_dir DIR
 On eight:                   torchrun --nproc_per_node 8 distill.py --dataset ffhq --data_dir DIR
 From a published teacher:   python distill.py --dataset ffhq --teacher FILE --data_dir DIR
 The paper's comparisons:    python distill.py --loss boot --solver euler --lambda_align 0 --lambda_bc 0
+Then, a better dial:        python distill.py --loss straight --dt 0.2
 To go on after a stop:      the same command with --init_from resume
 
 The teacher is --teacher, or the newest stage-1 checkpoint of the task under out/, or the shipped one; the task
-(sigma_p and all) is the one it was trained for. Writes what train_flow.py writes.
+(sigma_p and all) is the one it was trained for. The teacher of --loss straight is a student, or the newest under out/,
+whose two ends it keeps and between which it lays a straight line. Writes what train_flow.py writes.
 """
 import argparse
 import copy
@@ -41,8 +43,8 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     number, whole = data.in_range(float, 0), data.in_range(int, 0)
     data.add_task_flags(p)
-    p.add_argument("--teacher", help="stage-1 weights (default: the newest of this task under out/, else the shipped ones)")
-    p.add_argument("--loss", dest="objective", choices=("oftsr", "boot", "pinn"), default="oftsr", help="Eq. (9), (16) or (15)")
+    p.add_argument("--teacher", help="stage-1 weights, or for --loss straight a student's (default: the newest of this task under out/, else the shipped flow)")
+    p.add_argument("--loss", dest="objective", choices=("oftsr", "boot", "pinn", "straight"), default="oftsr", help="Eq. (9), (16) or (15); or straighten the dial of a student")
     p.add_argument("--dt", type=data.in_range(float, 1e-4, 1), default=0.05, help="time step s - t")
     p.add_argument("--solver", choices=("euler", *RK2_NODES), default="midpoint", help="of the teacher's step from t to s")
     p.add_argument("--lambda_align", type=number, default=0.01, help="weight of Eq. (10)")
@@ -50,7 +52,7 @@ def parse_args(argv):
     p.add_argument("--t_min", type=data.in_range(float, -1, 1), default=0.01, help="t is uniform from here; below 0, a step begins at 0 and is shorter, so that s covers (0, dt) too")
     p.add_argument("--t_max", type=data.in_range(float, 0, 1), default=0.99, help="to here; with 1 - dt, no step is cut short at 1")
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
-    p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill)")
+    p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill; for --loss straight out/DATASET_straight)")
     p.add_argument("--init_from", default="teacher", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
     p.add_argument("--seed", type=data.in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips and noise")
     p.add_argument("--batch_size", type=data.in_range(int, 1), default=32, help="pictures a step and process")
@@ -76,7 +78,7 @@ def parse_args(argv):
     args = p.parse_args(argv)
     if args.t_min > args.t_max:
         p.error(f"--t_min {args.t_min} is above --t_max {args.t_max}")
-    if args.objective != "oftsr" and args.t_max == 1:
+    if args.objective in ("boot", "pinn") and args.t_max == 1:
         p.error("--t_max 1: Eq. (15) and (16) divide by 1 - t or s - t, which would be 0: stay below 1")
     return args
 
@@ -86,6 +88,8 @@ def distillation_losses(student, teacher, x_in, t, s, solver="midpoint", objecti
 
     x_in = concat(x_0, x_lr) (B, 6, H, W); t < s (B,). The student's three evaluations are one batch, so are the teacher's two.
     """
+    if objective == "straight":
+        return straight_losses(student, teacher, x_in, s)
     zero = torch.zeros_like(t)
     v_phi = student(x_in.repeat(3, 1, 1, 1), torch.cat([t, s, zero])).float()  # at t, s and 0, always from x_0
     v_t, v_s, _ = v_phi.chunk(3)
@@ -112,29 +116,48 @@ def pinn_error(v_t, v_s, v_step, t, s):
     return s / dt * (v_s - v_t) + v_t - v_step.detach()
 
 
-def find_teacher(task_name):
-    """The newest stage-1 checkpoint of that task under out/, else the shipped one for photos. Raises InputError."""
+def straight_losses(student, teacher, x_in, s):
+    """Lay a straight line between the two ends of a finished student, the teacher here: v_phi(x_0, s) = (1-s) v(x_0, 0) + s v(x_0, 1).
+
+    Between the estimate of least squared error (t = 0) and a realistic one (t = 1) the straight line gives away least of the one
+    for what it gains of the other (Freirich, Michaeli and Meir 2021); the dial of Eq. (13) bends away from it (LOG.md).
+    Returns (3,) = [the error at s, 0, the error at 0], means over all elements.
+    """
+    zero, one = torch.zeros_like(s), torch.ones_like(s)
+    twice = x_in.repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        v_0, v_1 = teacher(twice, torch.cat([zero, one])).float().chunk(2)
+        target = torch.cat([torch.lerp(v_0, v_1, s.view(-1, 1, 1, 1)), v_0])
+    at_s, at_0 = (student(twice, torch.cat([s, zero])).float() - target).square().chunk(2)
+    return torch.stack([at_s.mean(), at_s.new_zeros(()), at_0.mean()])
+
+
+def find_teacher(task_name, stage):
+    """The newest checkpoint of that task and stage ("flow", "distill") under out/, else the shipped flow for photos. Raises InputError."""
     for path in sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             checkpoint = load_checkpoint(path)
         except InputError:  # somebody else's, or broken
             continue
-        if checkpoint.get("stage") == "flow" and (checkpoint.get("task") or {}).get("name") == task_name:
+        straight = (checkpoint.get("args") or {}).get("objective") == "straight"
+        if checkpoint.get("stage") == stage and not straight and (checkpoint.get("task") or {}).get("name") == task_name:
             return path
-    if task_name == "photos" and TEACHER.is_file():
+    if stage == "flow" and task_name == "photos" and TEACHER.is_file():
         return TEACHER
-    raise InputError(f"no teacher for {task_name}: no stage-1 checkpoint of it under out/ (train_flow.py --dataset {task_name} makes one, or name a file with --teacher)")
+    number, script = {"flow": (1, "train_flow.py"), "distill": (2, "distill.py")}[stage]
+    raise InputError(f"no teacher for {task_name}: no stage-{number} checkpoint of it under out/ ({script} --dataset {task_name} makes one, or name a file with --teacher)")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    out_dir = Path(args.out_dir or f"out/{args.dataset}_distill")
+    straight = args.objective == "straight"
+    out_dir = Path(args.out_dir or f"out/{args.dataset}_{'straight' if straight else 'distill'}")
     if args.init_from == "resume" and args.teacher is None:
         args.teacher = load_checkpoint(out_dir / "ckpt.pt").get("args", {}).get("teacher")
-    args.teacher = str(args.teacher or find_teacher(args.dataset))
+    args.teacher = str(args.teacher or find_teacher(args.dataset, "distill" if straight else "flow"))
     teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
-    if meta["stage"] == "distill":
-        raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
+    if meta["stage"] == ("flow" if straight else "distill"):
+        raise InputError(f"{args.teacher} is a {'flow: --loss straight takes a distilled student' if straight else 'distilled student: the teacher is a stage-1 flow'}")
     if meta["task"] and meta["task"]["name"] != args.dataset:
         raise InputError(f"{args.teacher} was trained for {meta['task']['name']}: say --dataset {meta['task']['name']}")
     task = data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None)
@@ -213,10 +236,11 @@ def main(argv=None):
             stage="distill", task=asdict(task), model=model.config, step=step, scores=scores, args=now,
             params=model.state_dict(), ema=ema.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers]))
 
-    def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps
+    def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps, or halfway along the straight line
         with autocast():
             return {**{f"t{t:g}": one_step(ema_model, x_in, t) for t in (0, 0.5, 1)},
-                    "teacher": integrate(teacher, x_in, "midpoint", args.eval_steps)[0]}
+                    "teacher": (one_step(teacher, x_in, 0.0) + one_step(teacher, x_in, 1.0)) / 2 if straight else
+                    integrate(teacher, x_in, "midpoint", args.eval_steps)[0]}
 
     asked = stop = 0  # the signal that came, and the one that all processes have agreed to stop for
 

@@ -179,6 +179,21 @@ def test_distillation_losses_and_gradients_are_the_papers(objective):
     assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()
 
 
+def test_straight_losses_hold_the_student_to_the_line_between_two_ends():
+    x_in, s = buffer(2, 16), torch.tensor([0.25, 1.0])
+    image = lambda v: v.view(-1, 1, 1, 1)
+    bent = lambda x, t: x[:, 3:] + image(t.sqrt()) * x[:, :3]  # its ends: x_lr, and x_lr + x_0
+    line = lambda x, t: x[:, 3:] + image(t) * x[:, :3]
+    assert distillation_losses(line, bent, x_in, 0 * s, s, objective="straight").max() < 1e-12
+    main, align, bc = distillation_losses(bent, bent, x_in, 0 * s, s, objective="straight")
+    assert main == pytest.approx((0.25 * x_in[:1, :3]).square().mean().item() / 2, rel=1e-5) and align == bc == 0  # at s = .25 only
+    teacher, student = tiny().requires_grad_(True), tiny(sigma_d=0.2, one_step=True).requires_grad_(True)
+    main, _, bc = distillation_losses(student, teacher, x_in, 0 * s, s, objective="straight")
+    assert bc.item() == pytest.approx((student(x_in, 0 * s) - teacher(x_in, 0 * s)).square().mean().item(), rel=1e-4)
+    (main + bc).backward()
+    assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in student.parameters())
+
+
 # --- any size ---
 
 

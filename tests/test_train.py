@@ -148,6 +148,18 @@ def test_distillation_starts_from_the_teacher_and_lowers_its_loss(objective, pho
         assert meta["stage"] == "distill" and model.one_step
 
 
+def test_the_dial_of_a_student_is_straightened(photos, teacher, tmp_path):
+    bent = tiny(sigma_p=0.1, one_step=True)
+    bent.time_embed["2"].weight *= 10  # no longer smooth in t
+    save_release(tmp_path / "bent.safetensors", bent, dict(load_model(teacher)[1], stage="distill"))
+    run(distill, photos, tmp_path, "--loss", "straight", "--dt", 0.2, "--teacher", tmp_path / "bent.safetensors", "--max_iters", 120, "--log_interval", 20,
+        "--eval_interval", 120, "--learning_rate", 3e-4, "--batch_size", 4)
+    log = [e for e in log_of(tmp_path) if "loss" in e]
+    assert log[-1]["distill"] < 0.6 * log[0]["distill"] and load_model(tmp_path / "weights.safetensors")[1]["stage"] == "distill"
+    with pytest.raises(InputError, match="is a flow: --loss straight takes a distilled student"):
+        run(distill, photos, tmp_path / "x", "--loss", "straight", "--teacher", teacher)
+
+
 def test_the_teacher_is_the_newest_of_its_task(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "c"):
@@ -156,14 +168,18 @@ def test_the_teacher_is_the_newest_of_its_task(photos, tmp_path, monkeypatch):
     for name, foreign in (("list", [1, 2]), ("dict", dict(stage="flow", task=None))):  # somebody else's, and newer
         (tmp_path / "out" / name).mkdir()
         torch.save(foreign, tmp_path / "out" / name / "ckpt.pt")
-    assert distill.find_teacher("photos") == Path("out/a/ckpt.pt")
+    assert distill.find_teacher("photos", "flow") == Path("out/a/ckpt.pt")
     with pytest.raises(InputError, match="not a checkpoint of this script"):
         run(distill, photos, tmp_path / "out" / "dict", "--init_from", "resume")
-    assert distill.find_teacher("div2k") == Path("out/c/ckpt.pt")
-    with pytest.raises(InputError, match="no teacher for ffhq"):
-        distill.find_teacher("ffhq")
+    assert distill.find_teacher("div2k", "flow") == Path("out/c/ckpt.pt")
+    with pytest.raises(InputError, match="no teacher for ffhq: no stage-1"):
+        distill.find_teacher("ffhq", "flow")
+    with pytest.raises(InputError, match="no teacher for div2k: no stage-2"):
+        distill.find_teacher("div2k", "distill")
     student = run(distill, photos, tmp_path / "out" / "s", "--max_iters", 1, "--dataset", "div2k")
     assert student["task"]["sigma_p"] == 0.2  # nobody types it twice
+    straight = run(distill, photos, tmp_path / "out" / "t", "--max_iters", 1, "--dataset", "div2k", "--loss", "straight")
+    assert straight["args"]["teacher"] == "out/s/ckpt.pt" and distill.find_teacher("div2k", "distill") == Path("out/s/ckpt.pt")
     with pytest.raises(InputError, match="distilled student"):
         run(distill, photos, tmp_path / "x", "--teacher", tmp_path / "out" / "s" / "ckpt.pt")
 
