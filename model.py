@@ -28,7 +28,7 @@ from kernels import group_norm_silu
 # True stands for the sigmas of the task, which network_config fills in.
 PRESETS = {
     "tiny": dict(channels=32, mults=(1, 2), blocks=1, patch=2, precond=True),  # for tests
-    "photos": dict(channels=32, mults=(1, 3, 4), blocks=1, groups=4, patch=2, precond=True),
+    "photos": dict(channels=32, mults=(1, 3, 4), blocks=2, groups=4, patch=2, precond=True),
     "ffhq": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(16,), out_channels=6),
     "imagenet": dict(channels=256, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), out_channels=6),
 }

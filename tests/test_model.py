@@ -67,7 +67,7 @@ def test_small_presets_sizes():
         sizes = {p: sum(x.numel() for x in UNet(**network_config(p, True, 0.1, 0.1)).parameters()) for p in ("tiny", "photos")}
     assert sizes["tiny"] < 1_000_000
     assert sizes["photos"] < 8_000_000
-    assert count_macs(UNet(**network_config("photos", True, 0.1, 0.1)), 256, 256) == pytest.approx(9.24e9, rel=1e-3)  # README.md, weights/README.md
+    assert count_macs(UNet(**network_config("photos", True, 0.1, 0.1)), 256, 256) == pytest.approx(12.59e9, rel=1e-3)  # README.md, weights/README.md
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (27, 41), (3, 5)])

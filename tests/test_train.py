@@ -272,7 +272,7 @@ def test_dry_run_writes_nothing(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train_flow.main(["--data_dir", str(photos), "--image_size", "64", "--dry_run"])
     out = capsys.readouterr().out
-    assert "3,526,412 parameters" in out and "0.64 GMACs" in out and "sigma_p=0.1" in out
+    assert "4,913,676 parameters" in out and "0.85 GMACs" in out and "sigma_p=0.1" in out
     assert list(tmp_path.iterdir()) == []
 
 
