@@ -5,12 +5,12 @@ On one GPU:                 torchrun distill.py --dataset ffhq --data_dir DIR
 On eight:                   torchrun --nproc_per_node 8 distill.py --dataset ffhq --data_dir DIR
 From a published teacher:   python distill.py --dataset ffhq --teacher FILE --data_dir DIR
 The paper's comparisons:    python distill.py --loss boot --solver euler --lambda_align 0 --lambda_bc 0
-Then, a better dial:        python distill.py --loss straight --dt 0.2
+Then, more realism:         python distill.py --loss perceptual
 To go on after a stop:      the same command with --init_from resume
 
 The teacher is --teacher, or the newest stage-1 checkpoint of the task under out/, or the shipped one; the task
-(sigma_p and all) is the one it was trained for. The teacher of --loss straight is a student, or the newest under out/,
-whose two ends it keeps and between which it lays a straight line. Writes what train_flow.py writes.
+(sigma_p and all) is the one it was trained for. --loss perceptual, not the paper's, goes on with a student, --init_from or
+the newest one under out/, whose end at t = 1 learns from the photographs themselves. Writes what train_flow.py writes.
 """
 import argparse
 import copy
@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -43,17 +45,18 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     number, whole = data.in_range(float, 0), data.in_range(int, 0)
     data.add_task_flags(p)
-    p.add_argument("--teacher", help="stage-1 weights, or for --loss straight a student's (default: the newest of this task under out/, else the shipped flow)")
-    p.add_argument("--loss", dest="objective", choices=("oftsr", "boot", "pinn", "straight"), default="oftsr", help="Eq. (9), (16) or (15); or straighten the dial of a student")
+    p.add_argument("--teacher", help="stage-1 weights (default: the newest of this task under out/, else the shipped ones)")
+    p.add_argument("--loss", dest="objective", choices=("oftsr", "boot", "pinn", "perceptual"), default="oftsr", help="Eq. (9), (16) or (15); or the truth as the flow sees it, for a finished student")
     p.add_argument("--dt", type=data.in_range(float, 1e-4, 1), default=0.05, help="time step s - t")
     p.add_argument("--solver", choices=("euler", *RK2_NODES), default="midpoint", help="of the teacher's step from t to s")
-    p.add_argument("--lambda_align", type=number, default=0.01, help="weight of Eq. (10)")
-    p.add_argument("--lambda_bc", type=number, default=0.1, help="weight of Eq. (11)")
+    p.add_argument("--lambda_align", type=number, help="weight of Eq. (10) (default: 0.01); of the straight dial, for --loss perceptual (default: 1)")
+    p.add_argument("--lambda_bc", type=number, help="weight of Eq. (11) (default: 0.1; for --loss perceptual 1)")
+    p.add_argument("--lambda_adv", type=number, default=0.04, help="of --loss perceptual: weight of looking like a photograph to a critic that learns beside it")
     p.add_argument("--t_min", type=data.in_range(float, -1, 1), default=0.01, help="t is uniform from here; below 0, a step begins at 0 and is shorter, so that s covers (0, dt) too")
     p.add_argument("--t_max", type=data.in_range(float, 0, 1), default=0.99, help="to here; with 1 - dt, no step is cut short at 1")
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
-    p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill; for --loss straight out/DATASET_straight)")
-    p.add_argument("--init_from", default="teacher", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
+    p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill; for --loss perceptual out/DATASET_perceptual)")
+    p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
     p.add_argument("--seed", type=data.in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips and noise")
     p.add_argument("--batch_size", type=data.in_range(int, 1), default=32, help="pictures a step and process")
     p.add_argument("--gradient_accumulation_steps", type=data.in_range(int, 1), default=1, help="batches summed before an update")
@@ -80,6 +83,11 @@ def parse_args(argv):
         p.error(f"--t_min {args.t_min} is above --t_max {args.t_max}")
     if args.objective in ("boot", "pinn") and args.t_max == 1:
         p.error("--t_max 1: Eq. (15) and (16) divide by 1 - t or s - t, which would be 0: stay below 1")
+    perceptual = args.objective == "perceptual"
+    if perceptual and args.t_min < 0:
+        p.error(f"--t_min {args.t_min}: --loss perceptual compares pictures at t, which is at least 0")
+    args.lambda_align = args.lambda_align if args.lambda_align is not None else 1 if perceptual else 0.01
+    args.lambda_bc = args.lambda_bc if args.lambda_bc is not None else 1 if perceptual else 0.1
     return args
 
 
@@ -88,8 +96,6 @@ def distillation_losses(student, teacher, x_in, t, s, solver="midpoint", objecti
 
     x_in = concat(x_0, x_lr) (B, 6, H, W); t < s (B,). The student's three evaluations are one batch, so are the teacher's two.
     """
-    if objective == "straight":
-        return straight_losses(student, teacher, x_in, s)
     zero = torch.zeros_like(t)
     v_phi = student(x_in.repeat(3, 1, 1, 1), torch.cat([t, s, zero])).float()  # at t, s and 0, always from x_0
     v_t, v_s, _ = v_phi.chunk(3)
@@ -116,48 +122,87 @@ def pinn_error(v_t, v_s, v_step, t, s):
     return s / dt * (v_s - v_t) + v_t - v_step.detach()
 
 
-def straight_losses(student, teacher, x_in, s):
-    """Lay a straight line between the two ends of a finished student, the teacher here: v_phi(x_0, s) = (1-s) v(x_0, 0) + s v(x_0, 1).
+class Critic(nn.Module):
+    """Tells photographs from restored pictures by what the flow's encoder sees in them, as Sauer et al. (2024) do with a diffusion model's.
 
-    Between the estimate of least squared error (t = 0) and a realistic one (t = 1) the straight line gives away least of the one
-    for what it gains of the other (Freirich, Michaeli and Meir 2021); the dial of Eq. (13) bends away from it (LOG.md).
-    Returns (3,) = [the error at s, 0, the error at 0], means over all elements.
+    features, one (B, C, h, w) a level, as UNet.features returns them -> scores, one (B, 1, h, w) a level: high for photographs.
     """
-    zero, one = torch.zeros_like(s), torch.ones_like(s)
-    twice = x_in.repeat(2, 1, 1, 1)
+
+    def __init__(self, channels, width=64):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(c, width, 3, padding=1), nn.GroupNorm(4, width), nn.LeakyReLU(0.2),
+            nn.Conv2d(width, width, 3, padding=1), nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 3, padding=1)) for c in channels)
+
+    def forward(self, features):
+        return [head(f) for head, f in zip(self.heads, features, strict=True)]
+
+
+def perceptual_losses(student, teacher, critic, x_1, x_in, z_in, t, s):
+    """Ground truth for the realistic end of a finished student, and a straight dial to it from the faithful end.
+
+    x_1 (B, 3, H, W); x_in = concat(x_0, x_lr) and z_in, the same under other noise, (B, 6, H, W); t, s (B,) in [0, 1].
+    x_1^1 = x_0 + v_phi(x_0, 1) and x_1 are brought to t on a path from z_in's start, where the teacher's encoder looks at both.
+    Returns ((4,), (B, C, h, w) a level of x_1^1's features and of x_1's); the losses are
+    - how differently the two look to it: mean absolute error, relative, the mean over its levels;
+    - between the ends, for a quarter of the pictures: v_phi(x_0, s) against (1-s) v_phi(x_0, 0) + s v_phi(x_0, 1), relative
+      squared error. From the estimate of least squared error to a realistic one the straight line loses least on the way
+      (Freirich, Michaeli and Meir 2021);
+    - at t = 0, for the same quarter: Eq. (11), relative;
+    - how little x_1^1 looks like a photograph to the critic, which learns nothing from it.
+    """
+    few = -(-len(s) // 4)
+    x_0, x_lr = x_in.chunk(2, dim=1)
+    z, few_in, few_s, zero = z_in.chunk(2, dim=1)[0], x_in[:few], s[:few], torch.zeros_like(s[:few])
+    v_1, v_s, v_0 = student(torch.cat([x_in, few_in, few_in]), torch.cat([torch.ones_like(s), few_s, zero])).float().split([len(s), few, few])
+    look = lambda x: teacher.features(torch.cat([torch.lerp(z, x, t.view(-1, 1, 1, 1)), x_lr], dim=1), t)
+    seen = look(x_0 + v_1)
     with torch.no_grad():
-        v_0, v_1 = teacher(twice, torch.cat([zero, one])).float().chunk(2)
-        target = torch.cat([torch.lerp(v_0, v_1, s.view(-1, 1, 1, 1)), v_0])
-    at_s, at_0 = (student(twice, torch.cat([s, zero])).float() - target).square().chunk(2)
-    return torch.stack([at_s.mean(), at_s.new_zeros(()), at_0.mean()])
+        there, u_0 = look(x_1), teacher(few_in, zero).float()
+        line = torch.lerp(u_0, v_1[:few], few_s.view(-1, 1, 1, 1))
+    looks = sum((a.float() - b.float()).abs().mean() / b.float().abs().mean() for a, b in zip(seen, there)) / len(seen)
+    relative = lambda a, b: (a - b).square().mean() / b.square().mean()
+    scores = torch.func.functional_call(critic, {name: p.detach() for name, p in critic.named_parameters()}, (seen,))
+    return torch.stack([looks, relative(v_s, line), relative(v_0, u_0), -mean_score(scores)]), seen, there
 
 
-def find_teacher(task_name, stage):
-    """The newest checkpoint of that task and stage ("flow", "distill") under out/, else the shipped flow for photos. Raises InputError."""
+def critic_loss(critic, seen, there):
+    """The hinge loss of a critic that is shown features of restored pictures and of photographs, both constants: a number >= 0."""
+    restored, photographs = critic([f.detach() for f in seen]), critic(there)
+    return mean_score([F.relu(1 + a) for a in restored]) + mean_score([F.relu(1 - a) for a in photographs])
+
+
+def mean_score(maps):
+    return sum(a.float().mean() for a in maps) / len(maps)
+
+
+def newest(task_name, stage):
+    """The newest checkpoint of that task under out/ of stage "flow", or "distill" (not of --loss perceptual), else the shipped flow for photos. Raises InputError."""
     for path in sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             checkpoint = load_checkpoint(path)
         except InputError:  # somebody else's, or broken
             continue
-        straight = (checkpoint.get("args") or {}).get("objective") == "straight"
-        if checkpoint.get("stage") == stage and not straight and (checkpoint.get("task") or {}).get("name") == task_name:
+        finished = (checkpoint.get("args") or {}).get("objective") == "perceptual"
+        if checkpoint.get("stage") == stage and not finished and (checkpoint.get("task") or {}).get("name") == task_name:
             return path
     if stage == "flow" and task_name == "photos" and TEACHER.is_file():
         return TEACHER
-    number, script = {"flow": (1, "train_flow.py"), "distill": (2, "distill.py")}[stage]
-    raise InputError(f"no teacher for {task_name}: no stage-{number} checkpoint of it under out/ ({script} --dataset {task_name} makes one, or name a file with --teacher)")
+    what, number, flag = {"flow": ("teacher", 1, "--teacher"), "distill": ("student", 2, "--init_from")}[stage]
+    raise InputError(f"no {what} for {task_name}: no stage-{number} checkpoint of it under out/ (name a file with {flag})")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    straight = args.objective == "straight"
-    out_dir = Path(args.out_dir or f"out/{args.dataset}_{'straight' if straight else 'distill'}")
+    perceptual = args.objective == "perceptual"
+    out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
     if args.init_from == "resume" and args.teacher is None:
         args.teacher = load_checkpoint(out_dir / "ckpt.pt").get("args", {}).get("teacher")
-    args.teacher = str(args.teacher or find_teacher(args.dataset, "distill" if straight else "flow"))
+    args.teacher = str(args.teacher or newest(args.dataset, "flow"))
     teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
-    if meta["stage"] == ("flow" if straight else "distill"):
-        raise InputError(f"{args.teacher} is a {'flow: --loss straight takes a distilled student' if straight else 'distilled student: the teacher is a stage-1 flow'}")
+    if meta["stage"] == "distill":
+        raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
+    args.init_from = str(args.init_from or (newest(args.dataset, "distill") if perceptual else "teacher"))
     if meta["task"] and meta["task"]["name"] != args.dataset:
         raise InputError(f"{args.teacher} was trained for {meta['task']['name']}: say --dataset {meta['task']['name']}")
     task = data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None)
@@ -192,6 +237,7 @@ def main(argv=None):
     model = UNet(**(checkpoint["model"] if checkpoint else {**start.config, "one_step": True}))
     if not checkpoint:
         model.load_state_dict(start.state_dict())
+    critic = Critic(model.feature_channels) if perceptual else None
     if task.image_size % model.multiple:
         raise InputError(f"--image_size {task.image_size} is not a multiple of {model.multiple}, which the network {task.model!r} needs")
     say(f"{task}")
@@ -204,6 +250,9 @@ def main(argv=None):
     teacher.to(device)
     model.to(device, memory_format=torch.channels_last)
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, dtype)
+    if perceptual:
+        critic.to(device, memory_format=torch.channels_last)
+        optimizers.append(torch.optim.Adam(critic.parameters(), lr=args.learning_rate, betas=(0.5, 0.99)))
     ema = EMA(model, args.ema)
     step, scores = 0, {}  # scores: of the last validation
     if checkpoint:
@@ -211,11 +260,14 @@ def main(argv=None):
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         ema.load_state_dict(checkpoint["ema"])
+        if perceptual:
+            critic.load_state_dict(checkpoint["critic"])
         step, scores = checkpoint["step"], checkpoint["scores"]
         say(f"resumed at step {step}" + (f", not as before: {', '.join(f'--{k}' for k in other)}" if other else ""))
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     net = torch.compile(model) if args.compile else model
-    net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None) if ddp else net
+    parallel = lambda module: DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None) if ddp else module
+    net, judge = parallel(net), parallel(critic) if perceptual else None
     lpips = load_lpips(args.lpips_backbone, device) if master else None
     val = data.validation_pictures(val_paths, task, args.eval_pictures) if master else None
 
@@ -234,13 +286,13 @@ def main(argv=None):
             raise InputError(f"the weights are not finite at step {step}: lower --learning_rate; {out_dir}/ckpt.pt stays as it was")
         save_checkpoint(out_dir / name, dict(
             stage="distill", task=asdict(task), model=model.config, step=step, scores=scores, args=now,
-            params=model.state_dict(), ema=ema.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers]))
+            params=model.state_dict(), ema=ema.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            **(dict(critic=critic.state_dict()) if perceptual else {})))
 
-    def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps, or halfway along the straight line
+    def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps
         with autocast():
             return {**{f"t{t:g}": one_step(ema_model, x_in, t) for t in (0, 0.5, 1)},
-                    "teacher": (one_step(teacher, x_in, 0.0) + one_step(teacher, x_in, 1.0)) / 2 if straight else
-                    integrate(teacher, x_in, "midpoint", args.eval_steps)[0]}
+                    "teacher": integrate(teacher, x_in, "midpoint", args.eval_steps)[0]}
 
     asked = stop = 0  # the signal that came, and the one that all processes have agreed to stop for
 
@@ -256,8 +308,9 @@ def main(argv=None):
     per_step = args.batch_size * args.gradient_accumulation_steps * world  # pictures
     batches = data.training_batches(train_paths, task, args.seed, args.batch_size, step * per_step, rank, world, workers)
     bar = tqdm(total=args.max_iters, initial=step, disable=None if master else True, unit="step")
-    weights = torch.tensor([1.0, args.lambda_align, args.lambda_bc], device=device)  # Eq. (12)
-    sums = torch.zeros(4, device=device)  # the three losses and their count, since the last log line
+    names = ("looks", "line", "bc", "adv", "critic") if perceptual else ("distill", "align", "bc")
+    weights = torch.tensor([1.0, args.lambda_align, args.lambda_bc, args.lambda_adv, 0.0][: len(names)], device=device)  # Eq. (12)
+    sums = torch.zeros(len(names) + 1, device=device)  # the losses and their count, since the last log line
     clock, clock_step, saved = time.time(), step, step  # saved: the step that ckpt.pt holds
     while True:
         if step > saved and (step % args.eval_interval == 0 or step >= args.max_iters or stop):
@@ -280,16 +333,28 @@ def main(argv=None):
         for micro in range(args.gradient_accumulation_steps):
             x_1, n = next(batches)
             x_1 = data.to_float(x_1.to(device, non_blocking=True))
-            seeds, t = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
-            t = args.t_min + (args.t_max - args.t_min) * t
-            s, t = (t + args.dt).clamp(1e-3, 1), t.clamp(min=0)
-            x_in = kernels.noise_augment(data.degrade(x_1, task, seeds), task.sigma_p, seeds)
+            seeds, u = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
+            t = args.t_min + (args.t_max - args.t_min) * u
+            x_lr = data.degrade(x_1, task, seeds)
+            x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
             last = micro == args.gradient_accumulation_steps - 1
-            with net.no_sync() if ddp and not last else nullcontext(), autocast():
-                losses = distillation_losses(net, teacher, x_in, t, s, args.solver, args.objective)
-                ((losses * weights).sum() / args.gradient_accumulation_steps).backward()
-            sums[:3] += losses.detach()
-            sums[3] += 1
+            together = lambda module: module.no_sync() if ddp and not last else nullcontext()
+            if perceptual:
+                z_in = kernels.noise_augment(x_lr, task.sigma_p, data.image_seeds(args.seed + 1, n).to(device))
+                with together(net), autocast():
+                    losses, seen, there = perceptual_losses(net, teacher, critic, x_1, x_in, z_in, t, u)
+                    ((losses * weights[:4]).sum() / args.gradient_accumulation_steps).backward()
+                with together(judge), autocast():
+                    verdict = critic_loss(judge, seen, there)
+                    (verdict / args.gradient_accumulation_steps).backward()
+                losses = torch.cat([losses, verdict[None]])
+            else:
+                s, t = (t + args.dt).clamp(1e-3, 1), t.clamp(min=0)
+                with together(net), autocast():
+                    losses = distillation_losses(net, teacher, x_in, t, s, args.solver, args.objective)
+                    ((losses * weights).sum() / args.gradient_accumulation_steps).backward()
+            sums[:-1] += losses.detach()
+            sums[-1] += 1
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
@@ -306,14 +371,13 @@ def main(argv=None):
         if step % args.log_interval == 0:
             if ddp:
                 dist.all_reduce(sums)
-            parts = sums[:3] / sums[3]
+            parts = sums[:-1] / sums[-1]
             loss = (parts * weights).sum().item()
             if not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} at step {step}: lower --learning_rate; {out_dir}/ckpt.pt stays as it was")
             speed = (step - clock_step) * per_step / (time.time() - clock)
             if master:
-                distill, align, bc = parts.tolist()
-                log(dict(step=step, loss=loss, distill=distill, align=align, bc=bc, grad_norm=norm.item(),
+                log(dict(step=step, loss=loss, **dict(zip(names, parts.tolist())), grad_norm=norm.item(),
                          lr=learning_rate(step - 1, args), images_per_s=round(speed, 1)))
                 bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
             sums.zero_()

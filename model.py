@@ -167,6 +167,7 @@ class UNet(nn.Module):
         self.patch, self.precond, self.one_step, self.condition = patch, precond, one_step, condition
         self.multiple = patch * 2 ** (len(mults) - 1)
         self.channels, emb = channels, 4 * channels
+        self.feature_channels = [mult * channels for mult in mults]
         self.time_embed = nn.ModuleDict({"0": nn.Linear(channels, emb), "2": nn.Linear(emb, emb)})
 
         def stage(c_in, c_out, factor):
@@ -197,8 +198,8 @@ class UNet(nn.Module):
         last = zeroed(nn.Conv2d(ch, out_channels * patch**2, 3, padding=1))
         self.out = nn.ModuleDict({"0": NormSiLU(groups, ch), "2": last})
 
-    def raw(self, x, t):
-        """The bare network F: x (B, 6 or 3, H, W), t (B,) -> (B, out_channels, H, W)."""
+    def encode(self, x, t):
+        """The first half of F: x as raw's -> the embedding of t (B, E), and what each input block makes, a list of (B, C, h, w)."""
         if x.shape[-2] % self.multiple or x.shape[-1] % self.multiple:
             raise ValueError(f"the network takes heights and widths that are multiples of {self.multiple}, not {x.shape[-2]} x {x.shape[-1]}")
         emb = self.time_embed["2"](F.silu(self.time_embed["0"](timestep_embedding(t, self.channels))))
@@ -206,7 +207,12 @@ class UNet(nn.Module):
         h = h.contiguous(memory_format=torch.channels_last)
         for block in self.input_blocks:
             skips.append(h := block(h, emb))
-        h = self.middle_block(h, emb)
+        return emb, skips
+
+    def raw(self, x, t):
+        """The bare network F: x (B, 6 or 3, H, W), t (B,) -> (B, out_channels, H, W)."""
+        emb, skips = self.encode(x, t)
+        h = self.middle_block(skips[-1], emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         h = self.out["2"](self.out["0"](h))
@@ -228,15 +234,25 @@ class UNet(nn.Module):
         n = (1 - t) ** 2 * p2 + t**2 * d2
         return ((1 - t) * p2 - t * d2) / n, n**-0.5, (p2 * d2 / n) ** 0.5
 
+    def inputs(self, x_in, t):
+        """What F is given for x_in = concat(x_t, x_lr) at t (B,)."""
+        if not self.precond:
+            return x_in if self.condition else x_in[:, :3]
+        x_t, x_lr = x_in.float().chunk(2, dim=1)
+        return torch.cat([self.coefficients(t)[1] * (x_t - x_lr), x_lr], dim=1)
+
+    def features(self, x_in, t):
+        """What the network sees in x_t: of each level of its encoder, finest first, the last map, (B, feature_channels[level], h, w)."""
+        _, maps = self.encode(self.inputs(x_in, t), t)
+        return [h for h, after in zip(maps, [*maps[1:], None]) if after is None or after.shape[-1] < h.shape[-1]]
+
     def forward(self, x_in, t):
         t = t.to(x_in.device).expand(x_in.shape[0])
+        f = self.raw(self.inputs(x_in, t), t)[:, :3]
         if not self.precond:
-            return self.raw(x_in if self.condition else x_in[:, :3], t)[:, :3]
-        c_skip, c_in, c_out = self.coefficients(t)
-        x_lr = x_in[:, 3:].float()
-        r = x_in[:, :3].float() - x_lr
-        f = self.raw(torch.cat([c_in * r, x_lr], dim=1), t)[:, :3]
-        return c_out * f.float() - c_skip * r
+            return f
+        c_skip, _, c_out = self.coefficients(t)
+        return c_out * f.float() - c_skip * (x_in[:, :3].float() - x_in[:, 3:].float())
 
 
 def count_macs(model, height, width):

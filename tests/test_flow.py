@@ -7,7 +7,7 @@ from scipy.integrate import RK45
 import data
 import kernels
 import sample
-from distill import distillation_losses
+from distill import Critic, critic_loss, distillation_losses, perceptual_losses
 from sample import SOLVERS, integrate, mean_slope, one_step, reflect_to, restore, tile_spans
 from test_model import tiny
 from train_flow import flow_loss
@@ -179,19 +179,55 @@ def test_distillation_losses_and_gradients_are_the_papers(objective):
     assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()
 
 
-def test_straight_losses_hold_the_student_to_the_line_between_two_ends():
-    x_in, s = buffer(2, 16), torch.tensor([0.25, 1.0])
+def perceptual_example():
+    """x_1, x_in, z_in, t, s of five pictures: two of them, a quarter and what is left over, are at s = .25 and .5."""
+    x_in, z_in = buffer(5, 16), buffer(5, 16, seed=1)
+    z_in[:, 3:] = x_in[:, 3:]
+    return x_in[:, 3:] / 2, x_in, z_in, torch.linspace(0.6, 1, 5), torch.tensor([0.25, 0.5, 0.0, 0.0, 0.0])
+
+
+def test_perceptual_losses_measure_each_part_of_the_dial():
+    teacher, critic = tiny(), Critic(tiny().feature_channels)
+    x_1, x_in, z_in, t, s = perceptual_example()
     image = lambda v: v.view(-1, 1, 1, 1)
-    bent = lambda x, t: x[:, 3:] + image(t.sqrt()) * x[:, :3]  # its ends: x_lr, and x_lr + x_0
-    line = lambda x, t: x[:, 3:] + image(t) * x[:, :3]
-    assert distillation_losses(line, bent, x_in, 0 * s, s, objective="straight").max() < 1e-12
-    main, align, bc = distillation_losses(bent, bent, x_in, 0 * s, s, objective="straight")
-    assert main == pytest.approx((0.25 * x_in[:1, :3]).square().mean().item() / 2, rel=1e-5) and align == bc == 0  # at s = .25 only
-    teacher, student = tiny().requires_grad_(True), tiny(sigma_d=0.2, one_step=True).requires_grad_(True)
-    main, _, bc = distillation_losses(student, teacher, x_in, 0 * s, s, objective="straight")
-    assert bc.item() == pytest.approx((student(x_in, 0 * s) - teacher(x_in, 0 * s)).square().mean().item(), rel=1e-4)
-    (main + bc).backward()
-    assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in student.parameters())
+    u_0 = lambda x: teacher(x, torch.zeros(len(x)))
+    straight = lambda x, t: torch.lerp(u_0(x), x[:, 3:] / 2 - x[:, :3], image(t))  # from the teacher's end to x_1
+    losses = lambda student: perceptual_losses(student, teacher, critic, x_1, x_in, z_in, t, s)[0]
+    looks, line, bc, _ = losses(straight)
+    assert looks < 1e-6 and line < 1e-9 and bc < 1e-9
+    looks, line, bc, _ = losses(lambda x, t: straight(x, t) + 0.1 * image(t * (1 - t)))  # its ends as they were
+    ends = straight(x_in[:2], s[:2])
+    assert looks < 1e-6 and bc < 1e-9 and line.item() == pytest.approx((0.01 * (s[:2] - s[:2] ** 2).square().mean() / ends.square().mean()).item(), rel=1e-4)
+    looks, line, bc, _ = losses(lambda x, t: straight(x, t) + 0.1 * image(t))  # still straight, to another end
+    assert looks > 1e-3 and line < 1e-9 and bc < 1e-9
+    assert losses(lambda x, t: straight(x, t) * image(1 - 0.1 * (t == 0)))[2].item() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_perceptual_losses_teach_the_student_alone_and_the_line_moves_no_end():
+    teacher, student, critic = tiny().requires_grad_(True), tiny(one_step=True).requires_grad_(True), Critic(tiny().feature_channels)
+    losses, seen, there = perceptual_losses(student, teacher, critic, *perceptual_example()[:4], torch.zeros(5))
+    grads = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()), retain_graph=True)]) for loss in losses]
+    assert all(g.isfinite().all() and g.norm() > 0 for g in grads)
+    assert (grads[1] - grads[2]).norm() < 1e-5 * grads[2].norm()  # at s = 0 the line's end is Eq. (11)'s
+    losses.sum().backward()
+    assert all(p.grad is None for p in critic.parameters())
+    critic_loss(critic, seen, there).backward()
+    assert all(p.grad.norm() > 0 for p in critic.parameters() if p.ndim == 4)
+
+
+def test_a_critic_learns_to_tell_and_is_to_be_fooled():
+    torch.manual_seed(0)
+    critic, noise = Critic([8]), torch.randn(4, 8, 6, 6)
+    restored, photographs = [noise * 0.5], [noise]
+    optimizer = torch.optim.Adam(critic.parameters(), 1e-2)
+    losses = []
+    for _ in range(60):
+        losses.append(critic_loss(critic, restored, photographs))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0].item() == pytest.approx(2, abs=0.3) and losses[-1] < 0.5
+    assert critic(photographs)[0].mean() > 0.5 and critic(restored)[0].mean() < -0.5
 
 
 # --- any size ---
