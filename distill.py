@@ -1,16 +1,16 @@
 """Stage 2: distil the flow into one step whose t slides from fidelity to realism (Eq. 9 to 12, Algorithm 1).
 
 With all defaults:          python distill.py --dt 0.05
+Then, more realism:         python distill.py --loss perceptual --max_iters 600 --warmup_iters 20 --lr_decay linear
 On one GPU:                 torchrun distill.py --dataset ffhq --data_dir DIR
 On eight:                   torchrun --nproc_per_node 8 distill.py --dataset ffhq --data_dir DIR
 From a published teacher:   python distill.py --dataset ffhq --teacher FILE --data_dir DIR
 The paper's comparisons:    python distill.py --loss boot --solver euler --lambda_align 0 --lambda_bc 0
-Then, more realism:         python distill.py --loss perceptual
 To go on after a stop:      the same command with --init_from resume
 
 The teacher is --teacher, or the newest stage-1 checkpoint of the task under out/, or the shipped one; the task
-(sigma_p and all) is the one it was trained for. --loss perceptual, not the paper's, goes on with a student, --init_from or
-the newest one under out/, whose end at t = 1 learns from the photographs themselves. Writes what train_flow.py writes.
+(sigma_p and all) is the one it was trained for. --loss perceptual, not the paper's, goes on with a student of that teacher,
+--init_from or the newest one under out/, whose end at t = 1 learns from the photographs. Writes what train_flow.py writes.
 """
 import argparse
 import copy
@@ -49,11 +49,13 @@ def parse_args(argv):
     p.add_argument("--loss", dest="objective", choices=("oftsr", "boot", "pinn", "perceptual"), default="oftsr", help="Eq. (9), (16) or (15); or the truth as the flow sees it, for a finished student")
     p.add_argument("--dt", type=data.in_range(float, 1e-4, 1), default=0.05, help="time step s - t")
     p.add_argument("--solver", choices=("euler", *RK2_NODES), default="midpoint", help="of the teacher's step from t to s")
-    p.add_argument("--lambda_align", type=number, help="weight of Eq. (10) (default: 0.01); of the straight dial, for --loss perceptual (default: 1)")
-    p.add_argument("--lambda_bc", type=number, help="weight of Eq. (11) (default: 0.1; for --loss perceptual 1)")
-    p.add_argument("--lambda_adv", type=number, default=0.04, help="of --loss perceptual: weight of looking like a photograph to a critic that learns beside it")
+    p.add_argument("--lambda_align", type=number, default=0.01, help="weight of Eq. (10)")
+    p.add_argument("--lambda_bc", type=number, default=0.1, help="weight of Eq. (11)")
     p.add_argument("--t_min", type=data.in_range(float, -1, 1), default=0.01, help="t is uniform from here; below 0, a step begins at 0 and is shorter, so that s covers (0, dt) too")
     p.add_argument("--t_max", type=data.in_range(float, 0, 1), default=0.99, help="to here; with 1 - dt, no step is cut short at 1")
+    p.add_argument("--look_min", type=data.in_range(float, 0, 1), default=0.6, help="--loss perceptual: the teacher looks at pictures at times uniform from here to 1")
+    p.add_argument("--lambda_adv", type=number, default=0.03, help="--loss perceptual: weight of looking like a photograph to a critic")
+    p.add_argument("--lambda_dial", type=number, default=1.0, help="--loss perceptual: weight of the straight dial and of its end at t = 0, Eq. (11)")
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill; for --loss perceptual out/DATASET_perceptual)")
     p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
@@ -83,11 +85,6 @@ def parse_args(argv):
         p.error(f"--t_min {args.t_min} is above --t_max {args.t_max}")
     if args.objective in ("boot", "pinn") and args.t_max == 1:
         p.error("--t_max 1: Eq. (15) and (16) divide by 1 - t or s - t, which would be 0: stay below 1")
-    perceptual = args.objective == "perceptual"
-    if perceptual and args.t_min < 0:
-        p.error(f"--t_min {args.t_min}: --loss perceptual compares pictures at t, which is at least 0")
-    args.lambda_align = args.lambda_align if args.lambda_align is not None else 1 if perceptual else 0.01
-    args.lambda_bc = args.lambda_bc if args.lambda_bc is not None else 1 if perceptual else 0.1
     return args
 
 
@@ -141,29 +138,40 @@ class Critic(nn.Module):
 def perceptual_losses(student, teacher, critic, x_1, x_in, z_in, t, s):
     """Ground truth for the realistic end of a finished student, and a straight dial to it from the faithful end.
 
-    x_1 (B, 3, H, W); x_in = concat(x_0, x_lr) and z_in, the same under other noise, (B, 6, H, W); t, s (B,) in [0, 1].
-    x_1^1 = x_0 + v_phi(x_0, 1) and x_1 are brought to t on a path from z_in's start, where the teacher's encoder looks at both.
-    Returns ((4,), (B, C, h, w) a level of x_1^1's features and of x_1's); the losses are
-    - how differently the two look to it: mean absolute error, relative, the mean over its levels;
-    - between the ends, for a quarter of the pictures: v_phi(x_0, s) against (1-s) v_phi(x_0, 0) + s v_phi(x_0, 1), relative
-      squared error. From the estimate of least squared error to a realistic one the straight line loses least on the way
-      (Freirich, Michaeli and Meir 2021);
-    - at t = 0, for the same quarter: Eq. (11), relative;
-    - how little x_1^1 looks like a photograph to the critic, which learns nothing from it.
+    x_1 (B, 3, H, W); x_in = concat(x_0, x_lr) and z_in, the same under other noise, (B, 6, H, W); t, s (B,) in [0, 1]. The
+    frozen teacher looks at x_1^1 = x_0 + v_phi(x_0, 1) and at x_1 on their way, at t, from z_in's start: were it x_0, the
+    noise would be the student's own. Returns (losses, seen, there): what its encoder saw in x_1^1 and in x_1, lists of
+    (B, C, h, w), finest level first; and of the losses (4,)
+    - "looks": how differently it saw the two. Mean absolute error, relative, the mean over the levels;
+    - "line": v_phi(x_0, s) against (1-s) v_theta(x_0, 0) + s v_phi(x_0, 1), held constant. Relative squared error. Where realism
+      is the Wasserstein-2 distance, a straight line from the least-squares estimate to the best realistic one gives away least
+      on the way (Freirich, Michaeli and Meir 2021): a guide here, as these ends are not quite those;
+    - "bc": v_phi(x_0, 0) against v_theta(x_0, 0), Eq. (11). Relative squared error;
+    - "adv": how little x_1^1 looks like a photograph to the critic, which learns nothing from it.
+    The dial's two are of the first quarter of the pictures, rounded up: it has only to follow.
     """
     few = -(-len(s) // 4)
-    x_0, x_lr = x_in.chunk(2, dim=1)
-    z, few_in, few_s, zero = z_in.chunk(2, dim=1)[0], x_in[:few], s[:few], torch.zeros_like(s[:few])
-    v_1, v_s, v_0 = student(torch.cat([x_in, few_in, few_in]), torch.cat([torch.ones_like(s), few_s, zero])).float().split([len(s), few, few])
-    look = lambda x: teacher.features(torch.cat([torch.lerp(z, x, t.view(-1, 1, 1, 1)), x_lr], dim=1), t)
+    few_in, few_s = x_in[:few], s[:few]
+    times = torch.cat([torch.ones_like(s), few_s, torch.zeros_like(few_s)])
+    v_1, v_s, v_0 = student(torch.cat([x_in, few_in, few_in]), times).float().split([len(s), few, few])
+    (x_0, x_lr), z = x_in.chunk(2, dim=1), z_in.chunk(2, dim=1)[0]
+
+    def look(x):
+        return teacher.features(torch.cat([torch.lerp(z, x, t.view(-1, 1, 1, 1)), x_lr], dim=1), t)
+
     seen = look(x_0 + v_1)
     with torch.no_grad():
-        there, u_0 = look(x_1), teacher(few_in, zero).float()
+        there = look(x_1)
+        u_0 = teacher(few_in, torch.zeros_like(few_s)).float()
         line = torch.lerp(u_0, v_1[:few], few_s.view(-1, 1, 1, 1))
     looks = sum((a.float() - b.float()).abs().mean() / b.float().abs().mean() for a, b in zip(seen, there)) / len(seen)
-    relative = lambda a, b: (a - b).square().mean() / b.square().mean()
-    scores = torch.func.functional_call(critic, {name: p.detach() for name, p in critic.named_parameters()}, (seen,))
-    return torch.stack([looks, relative(v_s, line), relative(v_0, u_0), -mean_score(scores)]), seen, there
+    frozen = {name: p.detach() for name, p in critic.named_parameters()}
+    adv = -mean_score(torch.func.functional_call(critic, frozen, (seen,)))
+    return torch.stack([looks, relative_error(v_s, line), relative_error(v_0, u_0), adv]), seen, there
+
+
+def relative_error(a, b):
+    return (a - b).square().mean() / b.square().mean()
 
 
 def critic_loss(critic, seen, there):
@@ -173,6 +181,7 @@ def critic_loss(critic, seen, there):
 
 
 def mean_score(maps):
+    """The mean over levels of the means of a list of maps."""
     return sum(a.float().mean() for a in maps) / len(maps)
 
 
@@ -181,15 +190,17 @@ def newest(task_name, stage):
     for path in sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             checkpoint = load_checkpoint(path)
-        except InputError:  # somebody else's, or broken
+        except InputError:  # broken
             continue
-        finished = (checkpoint.get("args") or {}).get("objective") == "perceptual"
-        if checkpoint.get("stage") == stage and not finished and (checkpoint.get("task") or {}).get("name") == task_name:
+        task, args = checkpoint.get("task"), checkpoint.get("args")
+        if checkpoint.get("stage") != stage or not isinstance(task, dict) or not isinstance(args, dict):  # another's
+            continue
+        if task["name"] == task_name and args.get("objective") != "perceptual":
             return path
     if stage == "flow" and task_name == "photos" and TEACHER.is_file():
         return TEACHER
-    what, number, flag = {"flow": ("teacher", 1, "--teacher"), "distill": ("student", 2, "--init_from")}[stage]
-    raise InputError(f"no {what} for {task_name}: no stage-{number} checkpoint of it under out/ (name a file with {flag})")
+    what, script, flag = {"flow": ("teacher", "train_flow.py", "--teacher"), "distill": ("student", "distill.py", "--init_from")}[stage]
+    raise InputError(f"no {what} for {task_name}: none under out/ ({script} --dataset {task_name} makes one, or name a file with {flag})")
 
 
 def main(argv=None):
@@ -202,7 +213,6 @@ def main(argv=None):
     teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
     if meta["stage"] == "distill":
         raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
-    args.init_from = str(args.init_from or (newest(args.dataset, "distill") if perceptual else "teacher"))
     if meta["task"] and meta["task"]["name"] != args.dataset:
         raise InputError(f"{args.teacher} was trained for {meta['task']['name']}: say --dataset {meta['task']['name']}")
     task = data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None)
@@ -210,6 +220,9 @@ def main(argv=None):
         raise InputError(f"{args.teacher} holds the network {meta['task']['model']!r}, not {task.model!r}: its student is the same")
     if teacher.precond and teacher.precond["sigma_p"] != task.sigma_p:
         raise InputError(f"{args.teacher} was trained with --sigma_p {teacher.precond['sigma_p']}, not {task.sigma_p}: give the same")
+    if perceptual and not task.condition:
+        raise InputError(f"--loss perceptual compares with the photograph behind x_lr, which a network of {task.name} does not see")
+    args.init_from = str(args.init_from or (newest(args.dataset, "distill") if perceptual else "teacher"))
 
     # --- processes and device ---
     rank, world, local_world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
@@ -230,14 +243,20 @@ def main(argv=None):
     now, checkpoint, start = {**vars(args), "world": world, "teacher_step": meta["step"]}, None, teacher
     if args.init_from == "resume":
         checkpoint, other = resume(out_dir / "ckpt.pt", "distill", asdict(task), now)
+        if (before := checkpoint["args"].get("objective")) != args.objective:
+            raise InputError(f"{out_dir}/ckpt.pt was trained with --loss {before}: to resume, give the same")
     elif (out_dir / "ckpt.pt").exists() and not args.dry_run:
         raise InputError(f"{out_dir} holds a training already: --init_from resume goes on with it, another --out_dir leaves it alone")
     elif args.init_from != "teacher":
-        start = load_model(args.init_from, model=task.model)[0]
+        start, its = load_model(args.init_from, model=task.model)
+        if {**start.config, "one_step": teacher.config["one_step"]} != teacher.config:
+            raise InputError(f"{args.init_from} is not the teacher's network with the teacher's sigma_p: start from a student of {args.teacher}")
+        if its["task"] and its["task"]["name"] != task.name:
+            raise InputError(f"{args.init_from} was trained for {its['task']['name']}, not {task.name}")
     model = UNet(**(checkpoint["model"] if checkpoint else {**start.config, "one_step": True}))
     if not checkpoint:
         model.load_state_dict(start.state_dict())
-    critic = Critic(model.feature_channels) if perceptual else None
+    critic = Critic(teacher.feature_channels) if perceptual else None
     if task.image_size % model.multiple:
         raise InputError(f"--image_size {task.image_size} is not a multiple of {model.multiple}, which the network {task.model!r} needs")
     say(f"{task}")
@@ -308,9 +327,10 @@ def main(argv=None):
     per_step = args.batch_size * args.gradient_accumulation_steps * world  # pictures
     batches = data.training_batches(train_paths, task, args.seed, args.batch_size, step * per_step, rank, world, workers)
     bar = tqdm(total=args.max_iters, initial=step, disable=None if master else True, unit="step")
-    names = ("looks", "line", "bc", "adv", "critic") if perceptual else ("distill", "align", "bc")
-    weights = torch.tensor([1.0, args.lambda_align, args.lambda_bc, args.lambda_adv, 0.0][: len(names)], device=device)  # Eq. (12)
-    sums = torch.zeros(len(names) + 1, device=device)  # the losses and their count, since the last log line
+    losses_of = {"looks": 1, "line": args.lambda_dial, "bc": args.lambda_dial, "adv": args.lambda_adv} if perceptual else \
+        {"distill": 1, "align": args.lambda_align, "bc": args.lambda_bc}  # and their weights, Eq. (12)
+    weights = torch.tensor([*losses_of.values()], dtype=torch.float32, device=device)
+    sums = torch.zeros(len(losses_of) + 2, device=device)  # the losses, the critic's own and the count, since the last log line
     clock, clock_step, saved = time.time(), step, step  # saved: the step that ckpt.pt holds
     while True:
         if step > saved and (step % args.eval_interval == 0 or step >= args.max_iters or stop):
@@ -333,28 +353,26 @@ def main(argv=None):
         for micro in range(args.gradient_accumulation_steps):
             x_1, n = next(batches)
             x_1 = data.to_float(x_1.to(device, non_blocking=True))
-            seeds, u = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
-            t = args.t_min + (args.t_max - args.t_min) * u
+            seeds, t = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
             x_lr = data.degrade(x_1, task, seeds)
             x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
             last = micro == args.gradient_accumulation_steps - 1
-            together = lambda module: module.no_sync() if ddp and not last else nullcontext()
+            with net.no_sync() if ddp and not last else nullcontext(), autocast():
+                if perceptual:
+                    z_in = kernels.noise_augment(x_lr, task.sigma_p, data.image_seeds(args.seed + 1, n).to(device))
+                    losses, seen, there = perceptual_losses(net, teacher, critic, x_1, x_in, z_in, args.look_min + (1 - args.look_min) * t, t)
+                else:
+                    t = args.t_min + (args.t_max - args.t_min) * t
+                    s, t = (t + args.dt).clamp(1e-3, 1), t.clamp(min=0)
+                    losses = distillation_losses(net, teacher, x_in, t, s, args.solver, args.objective)
+                ((losses * weights).sum() / args.gradient_accumulation_steps).backward()
+            sums[: len(losses)] += losses.detach()
+            sums[-1] += 1
             if perceptual:
-                z_in = kernels.noise_augment(x_lr, task.sigma_p, data.image_seeds(args.seed + 1, n).to(device))
-                with together(net), autocast():
-                    losses, seen, there = perceptual_losses(net, teacher, critic, x_1, x_in, z_in, t, u)
-                    ((losses * weights[:4]).sum() / args.gradient_accumulation_steps).backward()
-                with together(judge), autocast():
+                with judge.no_sync() if ddp and not last else nullcontext(), autocast():
                     verdict = critic_loss(judge, seen, there)
                     (verdict / args.gradient_accumulation_steps).backward()
-                losses = torch.cat([losses, verdict[None]])
-            else:
-                s, t = (t + args.dt).clamp(1e-3, 1), t.clamp(min=0)
-                with together(net), autocast():
-                    losses = distillation_losses(net, teacher, x_in, t, s, args.solver, args.objective)
-                    ((losses * weights).sum() / args.gradient_accumulation_steps).backward()
-            sums[:-1] += losses.detach()
-            sums[-1] += 1
+                sums[-2] += verdict.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
@@ -371,13 +389,13 @@ def main(argv=None):
         if step % args.log_interval == 0:
             if ddp:
                 dist.all_reduce(sums)
-            parts = sums[:-1] / sums[-1]
-            loss = (parts * weights).sum().item()
+            *parts, verdict, _ = (sums / sums[-1]).tolist()
+            loss = sum(part * weight for part, weight in zip(parts, losses_of.values()))
             if not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} at step {step}: lower --learning_rate; {out_dir}/ckpt.pt stays as it was")
             speed = (step - clock_step) * per_step / (time.time() - clock)
             if master:
-                log(dict(step=step, loss=loss, **dict(zip(names, parts.tolist())), grad_norm=norm.item(),
+                log(dict(step=step, loss=loss, **dict(zip(losses_of, parts)), **(dict(critic=verdict) if perceptual else {}), grad_norm=norm.item(),
                          lr=learning_rate(step - 1, args), images_per_s=round(speed, 1)))
                 bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
             sums.zero_()

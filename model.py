@@ -235,24 +235,26 @@ class UNet(nn.Module):
         return ((1 - t) * p2 - t * d2) / n, n**-0.5, (p2 * d2 / n) ** 0.5
 
     def inputs(self, x_in, t):
-        """What F is given for x_in = concat(x_t, x_lr) at t (B,)."""
+        """What F is given for x_in = concat(x_t, x_lr) at t (B,); and r = x_t - x_lr, None without preconditioning."""
         if not self.precond:
-            return x_in if self.condition else x_in[:, :3]
+            return x_in if self.condition else x_in[:, :3], None
         x_t, x_lr = x_in.float().chunk(2, dim=1)
-        return torch.cat([self.coefficients(t)[1] * (x_t - x_lr), x_lr], dim=1)
+        r, (_, c_in, _) = x_t - x_lr, self.coefficients(t)
+        return torch.cat([c_in * r, x_lr], dim=1), r
 
     def features(self, x_in, t):
         """What the network sees in x_t: of each level of its encoder, finest first, the last map, (B, feature_channels[level], h, w)."""
-        _, maps = self.encode(self.inputs(x_in, t), t)
+        _, maps = self.encode(self.inputs(x_in, t)[0], t)
         return [h for h, after in zip(maps, [*maps[1:], None]) if after is None or after.shape[-1] < h.shape[-1]]
 
     def forward(self, x_in, t):
         t = t.to(x_in.device).expand(x_in.shape[0])
-        f = self.raw(self.inputs(x_in, t), t)[:, :3]
+        x, r = self.inputs(x_in, t)
+        f = self.raw(x, t)[:, :3]
         if not self.precond:
             return f
         c_skip, _, c_out = self.coefficients(t)
-        return c_out * f.float() - c_skip * (x_in[:, :3].float() - x_in[:, 3:].float())
+        return c_out * f.float() - c_skip * r
 
 
 def count_macs(model, height, width):

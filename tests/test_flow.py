@@ -7,7 +7,7 @@ from scipy.integrate import RK45
 import data
 import kernels
 import sample
-from distill import Critic, critic_loss, distillation_losses, perceptual_losses
+from distill import Critic, critic_loss, distillation_losses, mean_score, perceptual_losses
 from sample import SOLVERS, integrate, mean_slope, one_step, reflect_to, restore, tile_spans
 from test_model import tiny
 from train_flow import flow_loss
@@ -180,16 +180,19 @@ def test_distillation_losses_and_gradients_are_the_papers(objective):
 
 
 def perceptual_example():
-    """x_1, x_in, z_in, t, s of five pictures: two of them, a quarter and what is left over, are at s = .25 and .5."""
+    """x_1, x_in, z_in, t, s of five pictures: two of them, a quarter rounded up, are at s = .25 and .5."""
     x_in, z_in = buffer(5, 16), buffer(5, 16, seed=1)
     z_in[:, 3:] = x_in[:, 3:]
     return x_in[:, 3:] / 2, x_in, z_in, torch.linspace(0.6, 1, 5), torch.tensor([0.25, 0.5, 0.0, 0.0, 0.0])
 
 
+def image(v):
+    return v.view(-1, 1, 1, 1)
+
+
 def test_perceptual_losses_measure_each_part_of_the_dial():
     teacher, critic = tiny(), Critic(tiny().feature_channels)
     x_1, x_in, z_in, t, s = perceptual_example()
-    image = lambda v: v.view(-1, 1, 1, 1)
     u_0 = lambda x: teacher(x, torch.zeros(len(x)))
     straight = lambda x, t: torch.lerp(u_0(x), x[:, 3:] / 2 - x[:, :3], image(t))  # from the teacher's end to x_1
     losses = lambda student: perceptual_losses(student, teacher, critic, x_1, x_in, z_in, t, s)[0]
@@ -203,19 +206,36 @@ def test_perceptual_losses_measure_each_part_of_the_dial():
     assert losses(lambda x, t: straight(x, t) * image(1 - 0.1 * (t == 0)))[2].item() == pytest.approx(0.01, rel=1e-4)
 
 
-def test_perceptual_losses_teach_the_student_alone_and_the_line_moves_no_end():
-    teacher, student, critic = tiny().requires_grad_(True), tiny(one_step=True).requires_grad_(True), Critic(tiny().feature_channels)
-    losses, seen, there = perceptual_losses(student, teacher, critic, *perceptual_example()[:4], torch.zeros(5))
-    grads = [torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()), retain_graph=True)]) for loss in losses]
-    assert all(g.isfinite().all() and g.norm() > 0 for g in grads)
-    assert (grads[1] - grads[2]).norm() < 1e-5 * grads[2].norm()  # at s = 0 the line's end is Eq. (11)'s
+def test_the_teacher_looks_at_both_on_their_way_from_another_start():
+    teacher, critic, (x_1, x_in, z_in, t, s) = tiny(), Critic(tiny().feature_channels), perceptual_example()
+    losses, seen, there = perceptual_losses(lambda x, t: 0.2 * x[:, 3:], teacher, critic, x_1, x_in, z_in, t, s)
+    way = lambda x: torch.cat([(1 - image(t)) * z_in[:, :3] + image(t) * x, x_in[:, 3:]], dim=1)
+    for maps, x in ((seen, x_in[:, :3] + 0.2 * x_in[:, 3:]), (there, x_1)):
+        expected = teacher.features(way(x), t)
+        assert len(maps) == len(expected) == 2 and [m.shape[1] for m in maps] == teacher.feature_channels
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(maps, expected))
+    looks = [((a - b).abs().mean() / b.abs().mean()).item() for a, b in zip(seen, there)]
+    assert losses[0].item() == pytest.approx(sum(looks) / 2, rel=1e-5)
+    assert losses[3].item() == pytest.approx(-mean_score(critic(seen)).item(), rel=1e-5)
+
+
+def test_perceptual_losses_teach_the_student_and_nobody_else_and_the_line_moves_no_end():
+    teacher, student, critic = tiny(), tiny(one_step=True).requires_grad_(True), Critic(tiny().feature_channels)
+    losses, seen, there = perceptual_losses(student, teacher, critic, *perceptual_example())
+    for loss in losses:
+        grads = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(student.parameters()), retain_graph=True)])
+        assert grads.isfinite().all() and grads.norm() > 0
     losses.sum().backward()
     assert all(p.grad is None for p in critic.parameters())
     critic_loss(critic, seen, there).backward()
     assert all(p.grad.norm() > 0 for p in critic.parameters() if p.ndim == 4)
+    end = torch.zeros((), requires_grad=True)
+    losses, _, _ = perceptual_losses(lambda x, t: student(x, t) + end * image((t == 1).float()), teacher, critic, *perceptual_example())
+    grads = [torch.autograd.grad(loss, end, retain_graph=True, allow_unused=True)[0] for loss in losses]
+    assert grads[0] != 0 and grads[3] != 0 and not grads[1] and not grads[2]
 
 
-def test_a_critic_learns_to_tell_and_is_to_be_fooled():
+def test_a_critic_learns_to_tell():
     torch.manual_seed(0)
     critic, noise = Critic([8]), torch.randn(4, 8, 6, 6)
     restored, photographs = [noise * 0.5], [noise]

@@ -117,6 +117,20 @@ def test_the_steps_of_distillation_end_everywhere(t_min, t_max, whole_steps, pho
     assert (s < 0.2).float().mean().item() == pytest.approx(0.2 if t_min < 0 else 0, abs=0.03)
 
 
+def test_the_truth_for_a_published_network_in_two_processes(photos, tmp_path):
+    """No preconditioning, attention, six channels out; bfloat16, and batches that are summed."""
+    network = tiny(precond=None, attention=(2,), head_channels=32, out_channels=6)
+    task = dict(train_flow.asdict(train_flow.data.TASKS["photos"]), model="tiny")
+    for stage in ("flow", "distill"):
+        save_release(tmp_path / f"{stage}.safetensors", network, dict(stage=stage, step=1, task=task))
+    done = torchrun(2, "distill.py", *SMALL, "--data_dir", photos, "--out_dir", tmp_path / "out", "--loss", "perceptual", "--teacher", tmp_path / "flow.safetensors",
+                    "--init_from", tmp_path / "distill.safetensors", "--max_iters", 2, "--gradient_accumulation_steps", 2, "--dtype", "bfloat16", "--learning_rate", 1e-7)
+    assert done.returncode == 0, done.stderr
+    log = log_of(tmp_path / "out")[0]
+    assert 0 < log["looks"] < 2 and log["bc"] < 1e-3 and log["critic"] == pytest.approx(2, abs=0.5)
+    assert load_model(tmp_path / "out" / "ckpt.pt")[0].config["out_channels"] == 6
+
+
 ONE_STEP = ["--max_iters", 1, "--log_interval", 1, "--dtype", "float32"]
 
 
@@ -154,7 +168,7 @@ def test_a_student_goes_on_with_the_truth(photos, teacher, tmp_path):
     bent = tiny(sigma_p=0.1, one_step=True)
     bent.time_embed["2"].weight *= 10  # no longer smooth in t
     save_release(tmp_path / "bent.safetensors", bent, dict(load_model(teacher)[1], stage="distill"))
-    run(distill, photos, tmp_path, "--loss", "perceptual", "--t_min", 0.6, "--t_max", 1, "--teacher", teacher, "--init_from", tmp_path / "bent.safetensors",
+    run(distill, photos, tmp_path, "--loss", "perceptual", "--teacher", teacher, "--init_from", tmp_path / "bent.safetensors",
         "--max_iters", 120, "--log_interval", 20, "--eval_interval", 120, "--learning_rate", 3e-4, "--batch_size", 4)
     log = [e for e in log_of(tmp_path) if "loss" in e]
     assert all(log[-1][part] < 0.9 * log[0][part] for part in ("looks", "line", "bc", "critic"))
@@ -167,16 +181,16 @@ def test_the_teacher_is_the_newest_of_its_task(photos, tmp_path, monkeypatch):
     for name in ("a", "b", "c"):
         run(train_flow, photos, tmp_path / "out" / name, "--max_iters", 1, *(["--dataset", "div2k", "--sigma_p", "0.2"] if name == "c" else []))
         os.utime(tmp_path / "out" / name / "ckpt.pt", (0, {"a": 200, "b": 100, "c": 300}[name]))
-    for name, foreign in (("list", [1, 2]), ("dict", dict(stage="flow", task=None))):  # somebody else's, and newer
+    for name, foreign in (("list", [1, 2]), ("dict", dict(stage="flow", task=None)), ("text", dict(stage="flow", task="a", args=["b"]))):  # somebody else's, and newer
         (tmp_path / "out" / name).mkdir()
         torch.save(foreign, tmp_path / "out" / name / "ckpt.pt")
     assert distill.newest("photos", "flow") == Path("out/a/ckpt.pt")
     with pytest.raises(InputError, match="not a checkpoint of this script"):
         run(distill, photos, tmp_path / "out" / "dict", "--init_from", "resume")
     assert distill.newest("div2k", "flow") == Path("out/c/ckpt.pt")
-    with pytest.raises(InputError, match="no teacher for ffhq: no stage-1"):
+    with pytest.raises(InputError, match="no teacher for ffhq: none under out/ .train_flow.py --dataset ffhq"):
         distill.newest("ffhq", "flow")
-    with pytest.raises(InputError, match="no student for div2k: no stage-2"):
+    with pytest.raises(InputError, match="no student for div2k: none under out/ .distill.py --dataset div2k"):
         distill.newest("div2k", "distill")
     student = run(distill, photos, tmp_path / "out" / "s", "--max_iters", 1, "--dataset", "div2k")
     assert student["task"]["sigma_p"] == 0.2  # nobody types it twice
@@ -253,6 +267,8 @@ def test_only_its_own_run_is_resumed(photos, teacher, tmp_path, capsys):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(InputError, match="is not a checkpoint"):
         run(distill, photos, tmp_path / "x", "--teacher", tmp_path / "list.pt")
+    with pytest.raises(InputError, match="was trained with --loss oftsr"):
+        run(distill, photos, tmp_path / "s", "--init_from", "resume", "--loss", "perceptual")
     capsys.readouterr()
     resumed = run(distill, photos, tmp_path / "s", "--max_iters", 2, "--init_from", "resume", "--dt", 0.1)  # the teacher is remembered
     assert resumed["args"]["teacher"] == str(teacher)
@@ -298,6 +314,28 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, says, photos, tmp_path,
     monkeypatch.chdir(tmp_path)
     with pytest.raises((InputError, SystemExit)) as e:
         train_flow.main(["--data_dir", str(photos), "--image_size", "32", *flags])
+    message = str(e.value) if e.type is InputError else capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in message and "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--t_min", "0.5", "--t_max", "0.4"], "--t_min 0.5 is above --t_max 0.4"),
+    (["--loss", "boot", "--t_max", "1"], "stay below 1"),
+    (["--loss", "perceptual", "--look_min", "-0.1"], "out of range: 0 to 1"),
+    (["--loss", "perceptual"], "no student for photos: none under out/"),
+    (["--loss", "perceptual", "--init_from", str(distill.TEACHER), "--model", "photos", "--sigma_p", "0.2"], "was trained with --sigma_p 0.1"),
+    (["--loss", "perceptual", "--init_from", "OTHER"], "is not the teacher's network"),
+    (["--loss", "perceptual", "--teacher", "UNCONDITIONAL", "--dataset", "ffhq_uncond"], "does not see"),
+])
+def test_bad_input_of_the_distillation_is_one_line_too(flags, says, photos, teacher, tmp_path_factory, tmp_path, monkeypatch, capsys):
+    files = {"OTHER": teacher, "UNCONDITIONAL": tmp_path_factory.mktemp("flow") / "uncond.safetensors"}
+    task = dict(train_flow.asdict(train_flow.data.TASKS["ffhq_uncond"]), model="tiny")
+    save_release(files["UNCONDITIONAL"], tiny(condition=False, precond=None), dict(stage="flow", step=1, task=task))
+    flags = [str(files.get(flag, flag)) for flag in flags]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((InputError, SystemExit)) as e:
+        distill.main(["--data_dir", str(photos), "--image_size", "32", *flags])
     message = str(e.value) if e.type is InputError else capsys.readouterr().err.strip().splitlines()[-1]
     assert says in message and "\n" not in message
     assert list(tmp_path.iterdir()) == []
