@@ -271,7 +271,7 @@ def main(argv=None):
     optimizers = make_optimizers(model, args.optimizer, args.learning_rate, dtype)
     if perceptual:
         critic.to(device, memory_format=torch.channels_last)
-        optimizers.append(torch.optim.Adam(critic.parameters(), lr=args.learning_rate, betas=(0.5, 0.99)))
+        optimizers.append(torch.optim.Adam(critic.parameters(), lr=args.learning_rate, betas=(0.5, 0.99)))  # short memory: what it judges changes
     ema = EMA(model, args.ema)
     step, scores = 0, {}  # scores: of the last validation
     if checkpoint:
