@@ -171,6 +171,7 @@ def perceptual_losses(student, teacher, critic, x_1, x_in, z_in, t, s):
 
 
 def relative_error(a, b):
+    """The mean squared error of a against b, any shape alike, over the mean square of b: a number, 1 for a = 0."""
     return (a - b).square().mean() / b.square().mean()
 
 
