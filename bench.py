@@ -7,8 +7,9 @@
 
 Equality comes first: nothing is timed before "all results match". "eager" is what a PyTorch user would write (the
 functions below), "compiled" is torch.compile of it. The floor is the time in which a copy moves the bytes that the
-kernel cannot but move, each read or written once. Buffers rotate, so that no cache flatters; times are
-wall-clock milliseconds, min / median / max.
+kernel cannot but move, each read or written once; of the convolutions, that in which PyTorch's matrix product makes the
+multiplications that Winograd's algorithm leaves. Buffers rotate, so that no cache flatters; times are wall-clock
+milliseconds, min / median / max.
 """
 import argparse
 import copy
@@ -101,7 +102,7 @@ def with_gradient(loss, wanted):
     return run
 
 
-# --- the cases: name, inputs, ours, reference of the same arguments, eager, bytes moved ---
+# --- the cases: name, inputs, ours, reference of the same arguments, eager, bytes moved, multiplications ---
 
 
 def cases(device, dtype):
@@ -112,7 +113,7 @@ def cases(device, dtype):
     seeds = lambda: torch.randint(2**62, (B,), device=device)
 
     def case(name, make, call, eager, units):
-        return name, make, lambda *a: call(kernels, *a), lambda *a: call(reference, *a), eager, units * unit
+        return name, make, lambda *a: call(kernels, *a), lambda *a: call(reference, *a), eager, units * unit, 0
 
     yield case("noise_augment", lambda: (image(), seeds()), lambda k, x, s: k.noise_augment(x, SIGMA_P, s), eager_noise_augment, 3)
     yield case("flow_training_pair", lambda: (image(), image(), times(), seeds()), lambda k, x, l, t, s: k.flow_training_pair(x, l, t, SIGMA_P, s), eager_training_pair, 5)
@@ -140,6 +141,17 @@ def cases(device, dtype):
             yield case(name, make, norm, eager_norm, 3)
             if layout == torch.channels_last:
                 yield case(name + ", gradient", make, lambda k, *a, norm=norm: with_gradient(lambda *b: norm(k, *b), 5)(*a), with_gradient(eager_norm, 5), 8)
+
+    if device == "cpu" and dtype == torch.float32:
+        for B, C, H in ((1, 32, 512), (1, 96, 256), (1, 128, 128), (5, 96, 32)):
+            def make(B=B, C=C, H=H):
+                x, w = (torch.randn(shape).contiguous(memory_format=torch.channels_last) for shape in ((B, C, H, H), (C, C, 3, 3)))
+                return x, w / (3 * math.sqrt(C)), torch.randn(C)
+            conv = lambda k, x, w, b: k.conv3x3(x, w, b)
+            name, macs = f"conv {B}x{C}x{H}x{H}", 36 / 16 * B * (C * H) ** 2
+            yield name, make, lambda *a: conv(kernels, *a), lambda *a: conv(reference, *a), reference.conv3x3, 8 * B * C * H * H, macs
+            yield (name + ", gradient", make, lambda *a: with_gradient(kernels.conv3x3, 3)(*a), lambda *a: with_gradient(reference.conv3x3, 3)(*a),
+                   with_gradient(reference.conv3x3, 3), 24 * B * C * H * H, 3 * macs)
 
 
 # --- the clock ---
@@ -176,6 +188,12 @@ def copy_bandwidth(device):
     return 2 * src.nbytes / clock([lambda: dst.copy_(src)], [()], device)[0][0]
 
 
+def product_speed(device):
+    """Multiplications a millisecond in PyTorch's float32 matrix product, at its best."""
+    a = torch.randn(1536, 1536, device=device)
+    return 1536**3 / clock([lambda: a @ a], [()], device)[0][0]
+
+
 def tensors(out):
     return [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
 
@@ -192,22 +210,23 @@ def bench_kernels(device, dtype, only):
     # Sums are in another order than the reference's (PyTorch's channels_last GroupNorm alone errs by 1e-4); everything else is its very bits.
     tolerance = {torch.float32: 1e-3, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
     todo = [(*c, torch.compile(c[4], dynamic=False)) for c in cases(device, dtype) if only in c[0]]
-    for name, make, ours, right, _, _, compiled in todo:
+    for name, make, ours, right, _, _, _, compiled in todo:
         args = make()
         compiled(*args)
         error = worst(ours(*(a.clone() for a in args)), right(*(a.clone() for a in args)))
-        if error > (tolerance if "norm" in name or "loss" in name or "error" in name else 0):
+        if error > (tolerance if any(word in name for word in ("norm", "loss", "error", "conv")) else 0):
             raise SystemExit(f"{name} does not match its reference: {error:.1e}")
     print("all results match", flush=True)
     model.keep_freed_memory()  # or the columns would time the system's new pages
-    bandwidth = copy_bandwidth(device)
+    bandwidth, speed = copy_bandwidth(device), product_speed(device)
     what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{what}, torch {torch.__version__}, {str(dtype)[6:]}, images 32x3x256x256, copy {bandwidth / 1e6:.1f} GB/s\n")
+    print(f"{what}, torch {torch.__version__}, {str(dtype)[6:]}, images 32x3x256x256, copy {bandwidth / 1e6:.1f} GB/s, "
+          f"matrix product {2e-6 * speed:.0f} GFLOP/s\n")
     print(f"{'ms, min / median / max':34}{'ours':>24}{'eager':>26}{'compiled':>26}{'floor':>8}{'eager/':>8}{'compiled/':>10}{'floor/':>7}")
-    for name, make, ours, _, eager, moved, compiled in todo:
+    for name, make, ours, _, eager, moved, macs, compiled in todo:
         sets = [make() for _ in range(max(3, min(64, int(2**27 // moved))))]  # together more than a cache holds
         columns = clock([ours, eager, compiled], sets, device)
-        floor, (a, b, c) = moved / bandwidth, (column[1] for column in columns)
+        floor, (a, b, c) = max(moved / bandwidth, macs / speed), (column[1] for column in columns)
         text = "".join(f"{lo:>9.2f} {mid:>7.2f} {hi:>8.2f}" for lo, mid, hi in columns)
         print(f"{name:34}{text}{floor:>8.2f}{b / a:>7.1f}x{c / a:>9.1f}x{100 * floor / a:>6.0f}%", flush=True)
 
@@ -216,7 +235,7 @@ def bench_kernels(device, dtype, only):
 
 
 def as_published(net):
-    """The same weights in plain PyTorch: contiguous, float32, norm, scale-shift, SiLU, doubling and convolution each on its own."""
+    """The same weights in plain PyTorch: contiguous, float32, norm, scale-shift, SiLU, doubling and PyTorch's convolution each on its own."""
     net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
 
     def up(self, x):
@@ -234,6 +253,8 @@ def as_published(net):
             module.forward = types.MethodType(norm, module)
         elif isinstance(module, model.UpConv):
             module.forward = types.MethodType(up, module)
+        elif isinstance(module, model.Conv3x3):
+            module.forward = types.MethodType(nn.Conv2d.forward, module)
     net.input_blocks[0].register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))  # model.py has it channels_last
     return net
 
@@ -264,7 +285,7 @@ def bench_model(device, size):
             return network(x_in, t)
 
     right = step(plain, False)
-    rows = [("float32, as published: contiguous, eager", plain, False, None), ("float32, channels_last, fused norm", ours, False, 1e-4)]
+    rows = [("float32, as published: contiguous, eager", plain, False, None), ("float32, channels_last, fused norm, Winograd", ours, False, 1e-4)]
     if bf16:
         rows += [("bfloat16, channels_last, fused norm", ours, True, 3e-2), ("... with the weights cast once", cast, True, 3e-2)]
     for name, network, autocast, tolerance in rows[1:]:  # root mean square of the difference, against that of the output

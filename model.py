@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import group_norm_silu
+from kernels import conv3x3, group_norm_silu
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
 # attention: down-sampling factors at which there is attention (none at all if empty). groups, patch, precond: see UNet;
@@ -66,7 +66,17 @@ class NormSiLU(nn.GroupNorm):
         return group_norm_silu(x, self.num_groups, self.weight, self.bias, scale, shift, self.eps)
 
 
-class UpConv(nn.Conv2d):
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution with zeros around the picture, (B, C, H, W) -> (B, C', H, W): a kernel of ours where it is faster."""
+
+    def __init__(self, channels, out_channels):
+        super().__init__(channels, out_channels, 3, padding=1)
+
+    def forward(self, x):
+        return conv3x3(x, self.weight, self.bias)
+
+
+class UpConv(Conv3x3):
     """A 3x3 convolution of x doubled by repetition, without the doubled x: (B, C, H, W) -> (B, C', 2H, 2W).
 
     Among repeated pixels a 3x3 kernel meets only 2x2 different ones, another 2x2 in each phase (a, b) of the output's
@@ -95,10 +105,10 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         # The keys are the published names; what has no parameters (SiLU, dropout) has no entry.
-        first = (UpConv if resample == "up" else nn.Conv2d)(channels, out_channels, 3, padding=1)
+        first = (UpConv if resample == "up" else Conv3x3)(channels, out_channels)
         self.in_layers = nn.ModuleDict({"0": NormSiLU(groups, channels), "2": first})
         self.emb_layers = nn.ModuleDict({"1": nn.Linear(emb_dim, 2 * out_channels)})
-        self.out_layers = nn.ModuleDict({"0": NormSiLU(groups, out_channels), "3": zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))})
+        self.out_layers = nn.ModuleDict({"0": NormSiLU(groups, out_channels), "3": zeroed(Conv3x3(out_channels, out_channels))})
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
@@ -175,7 +185,7 @@ class UNet(nn.Module):
             return [ResBlock(c_in, emb, c_out, groups), *attend]
 
         ch, factor = channels * mults[0], 1
-        first = nn.Conv2d((6 if condition else 3) * patch**2, ch, 3, padding=1)
+        first = Conv3x3((6 if condition else 3) * patch**2, ch)
         self.input_blocks, skips = nn.ModuleList([Stage(first)]), [ch]
         for level, mult in enumerate(mults):
             for _ in range(blocks):
@@ -195,7 +205,7 @@ class UNet(nn.Module):
                     layers.append(ResBlock(ch, emb, ch, groups, "up"))
                     factor //= 2
                 self.output_blocks.append(Stage(*layers))
-        last = zeroed(nn.Conv2d(ch, out_channels * patch**2, 3, padding=1))
+        last = zeroed(Conv3x3(ch, out_channels * patch**2))
         self.out = nn.ModuleDict({"0": NormSiLU(groups, ch), "2": last})
 
     def encode(self, x, t):

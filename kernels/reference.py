@@ -232,6 +232,11 @@ def group_norm_silu(x, groups, weight, bias, scale=None, shift=None, eps=1e-5):
     return F.silu(y).to(x.dtype)
 
 
+def conv3x3(x, weight, bias):
+    """The 3x3 convolution with zeros around the picture: x (B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, H, W)."""
+    return F.conv2d(x, weight, bias, padding=1)
+
+
 def to_uint8(x):
     """[-1, 1] to bytes: (B, C, H, W) float to (B, H, W, C) uint8, clamped, rounded half to even."""
     y = (_arith(x).clamp(-1, 1) * 127.5 + 127.5).round()

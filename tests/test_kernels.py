@@ -318,10 +318,53 @@ def test_bits_repeat(device):
         y = kernels.group_norm_silu(x, 32, w, b, s, h)
         y.backward(y.detach())
         errors = [call(kernels, op, inputs(op, (3, 3, 133, 67), torch.float32, "contiguous", device))[0] for op in ("distill_loss", "dopri5_error")]
-        runs.append([y.detach(), x.grad, w.grad, *errors, kernels.normal(torch.arange(3, device=device), (3, 3, 133, 67))])
+        conv = [a.requires_grad_() for a in conv_inputs(2, 64, 32, 61, 47)]
+        z = kernels.conv3x3(*conv)
+        runs.append([z.detach(), *torch.autograd.grad(z.square().sum(), conv), y.detach(), x.grad, w.grad, *errors, kernels.normal(torch.arange(3, device=device), (3, 3, 133, 67))])
     torch.set_num_threads(threads)
     for other in runs[1:]:
         assert all(map(torch.equal, runs[0], other))
+
+
+# ---- the convolution
+
+
+def conv_inputs(B, C, O, H, W, layout="channels_last"):
+    return tensor(0, (B, C, H, W), torch.float32, layout), tensor(1, (O, C, 3, 3), torch.float32, layout) / (3 * C**0.5), tensor(2, (1, O, 1, 1), torch.float32, "contiguous").flatten()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(1, 32, 32, 1, 1), (1, 32, 64, 16, 16), (2, 96, 32, 17, 22), (1, 64, 96, 3, 130), (3, 32, 32, 40, 41)], ids=str)
+def test_conv(size, layout):
+    """Winograd's convolution and its three gradients against float64, at sizes that tiles of 4x4 and blocks of tiles do not divide."""
+    native("cpu")
+    ours = [a.detach().requires_grad_() for a in conv_inputs(*size, layout)]
+    exact = [a.detach().double().requires_grad_() for a in ours]
+    y, right = torch.ops.oftsr.conv3x3(*ours), reference.conv3x3(*exact)
+    dy = tensor(9, y.shape, torch.float32, layout)
+    y.backward(dy)
+    right.backward(dy.double())
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    for a, b in ((y, right), *((a.grad, b.grad) for a, b in zip(ours, exact))):
+        assert a.dtype == torch.float32 and a.shape == b.shape
+        assert (a - b).abs().max() < 5e-5 * b.abs().max()
+
+
+def test_conv_where_it_pays(monkeypatch):
+    """Ours in float32 between multiples of 32 channels, of enough pixels; PyTorch's very bits elsewhere; no gradient that is not asked for."""
+    native("cpu")
+    ops, calls = torch.ops.oftsr, []
+    monkeypatch.setattr(kernels, "ops", type("Spy", (), {name: staticmethod(lambda *args, name=name: calls.append(name) or getattr(ops, name)(*args))
+                                                         for name in ("conv3x3", "conv3x3_weight_gradient")}))
+    x, w, b = conv_inputs(1, 32, 32, 16, 16)
+    assert torch.equal(kernels.conv3x3(x, w, b), ops.conv3x3(x, w, b)) and calls == ["conv3x3"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.conv3x3(x, w, b).dtype == torch.bfloat16
+    for args in (conv_inputs(1, 32, 32, 15, 17), conv_inputs(1, 24, 32, 16, 16), conv_inputs(1, 32, 12, 16, 16), (x.double(), w.double(), b.double())):
+        assert torch.equal(kernels.conv3x3(*args), F.conv2d(*args, padding=1))
+    assert calls == ["conv3x3"]
+    kernels.conv3x3(x.requires_grad_(), w, b).sum().backward()  # through frozen weights
+    assert calls == ["conv3x3"] * 3
 
 
 # ---- gradients, registration, compilation
@@ -373,6 +416,7 @@ def operator_calls():
         "distill_target": (v, v.clone(), t, s), "distill_loss": (g(phi), v, theta, t, s), "distill_loss_backward": (torch.ones(3), phi, v, theta, t, s),
         "group_norm_silu": (g(h), 32, g(w), g(b), g(scale), g(shift), 1e-5),
         "group_norm_silu_backward": (y, h, 32, w, b, scale, shift, mean, rstd), "to_uint8": (v,),
+        "conv3x3": (g(h), *map(g, conv_inputs(1, 32, 64, 1, 1)[1:])), "conv3x3_weight_gradient": (h, y),
     }
 
 
@@ -428,6 +472,9 @@ ERRORS = {
     "x_1 must have the dtype of the other tensors.": lambda x: kernels.flow_training_pair(x.half(), x, torch.rand(2), 0.1, torch.arange(2)),
     "the 3 channels of x do not make 2 equal groups.": lambda x: kernels.group_norm_silu(x, 2, torch.ones(3), torch.zeros(3)),
     "weight must have the shape (C) with its channels next to one another; it has the shape (4).": lambda x: kernels.group_norm_silu(x, 3, torch.ones(4), torch.zeros(3)),
+    "weight must have the shape (O, 32, 3, 3), not (32, 32, 1, 1).": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 1, 1), torch.zeros(32)),
+    "conv3x3 takes multiples of 32 channels, not 3 to 32.": lambda x: torch.ops.oftsr.conv3x3(x, torch.zeros(32, 3, 3, 3), torch.zeros(32)),
+    "dy must have the shape (1, O, 4, 4), not (1, 32, 4, 5).": lambda x: torch.ops.oftsr.conv3x3_weight_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 5)),
     "scale and shift must be given together.": lambda x: kernels.group_norm_silu(x, 3, torch.ones(3), torch.zeros(3), torch.zeros(2, 3)),
     "the mean over no elements is not defined: v_step has the shape (0, 3, 4, 4).": lambda x: kernels.distill_loss(x[:0], x[:0], x[:0], torch.rand(0), torch.rand(0)),
 }
@@ -553,9 +600,9 @@ def test_cuda_source_on_the_cpu(tmp_path):
     shutil.copy(ROOT / "tests" / "cuda_on_cpu.h", tmp_path / "launch.h")
     from torch.utils.cpp_extension import include_paths, library_paths
     flags = ["-std=c++20", "-O1", "-fPIC", "-w", *build.EXACT, "-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{p}" for p in include_paths())]
-    names = ["ops.cpp", "cuda.cu", "cuda_norm.cu"]
+    names = ["ops.cpp", "cpu_conv.cpp", "cuda.cu", "cuda_norm.cu"]
     compilers = [subprocess.Popen(["g++", *flags, "-x", "c++", "-c", tmp_path / name, "-o", tmp_path / f"{name}.o"]) for name in names]
-    assert [c.wait() for c in compilers] == [0, 0, 0]
+    assert [c.wait() for c in compilers] == [0, 0, 0, 0]
     library = tmp_path / "emulated.so"
     subprocess.run(["g++", "-shared", "-o", library, *(tmp_path / f"{name}.o" for name in names), *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-lc10"], check=True)
     code = (f"import sys, torch, pytest, kernels; torch.ops.load_library({str(library)!r}); kernels._chosen = ('cpu',); kernels._register();"

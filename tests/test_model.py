@@ -73,7 +73,7 @@ def test_small_presets_sizes():
 @pytest.mark.parametrize("height, width", [(32, 32), (27, 41), (3, 5)])
 def test_up_conv_is_the_convolution_of_the_doubled_picture(height, width):
     torch.manual_seed(0)
-    layer = UpConv(5, 7, 3, padding=1).double()
+    layer = UpConv(5, 7).double()
     x = torch.randn(2, 5, height, width, dtype=torch.float64, requires_grad=True)
     y = layer(x)
     doubled = torch.nn.functional.interpolate(x, scale_factor=2, mode="nearest")

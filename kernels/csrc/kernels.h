@@ -70,6 +70,11 @@ template <class D> void to_uint8(D, Shape, View x, uint8_t* out);
 template <class D> void group_norm_silu(D, const Norm&, double eps, double* workspace, View y);
 template <class D> void group_norm_silu_backward(D, const Norm&, View dy, double* workspace, View dx, void* dweight, void* dbias, void* dscale, void* dshift);
 
+// A 3x3 convolution of x (B, H, W, C) with zeros around it, weight (O, 3, 3, C), bias (O,), to y (B, H, W, O), float32 in
+// the CPU's memory; C and O multiples of 32. In cpu_conv.cpp.
+void conv3x3(Shape, int64_t O, const float* x, const float* weight, const float* bias, float* y);
+void conv3x3_weight_gradient(Shape, int64_t O, const float* x, const float* dy, float* dweight);
+
 // f(T()) with the storage type that a view has.
 template <class F> void by_type(DType dtype, F f) {
   switch (dtype) {

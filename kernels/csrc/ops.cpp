@@ -372,6 +372,47 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backwa
   return {dx, dweight, dbias, dscale, dshift};
 }
 
+// ---- the convolution
+
+// x's values, checked to be what conv3x3 takes, in channels_last memory that `kept` holds.
+static float* conv_values(const Tensor& x, const char* name, Tensor& kept) {
+  check(x.is_cpu() && x.scalar_type() == ScalarType::Float, name, " must be a float32 tensor on the CPU.");
+  shape(x, name);
+  kept = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  return static_cast<float*>(kept.data_ptr());
+}
+
+static void check_channels(int64_t C, int64_t O) { check(C % 32 == 0 && O % 32 == 0, "conv3x3 takes multiples of 32 channels, not ", C, " to ", O, "."); }
+
+static Tensor new_last(const Tensor& like, std::vector<int64_t> size) {
+  Tensor y = torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  ask_for_huge_pages(y);
+  return y;
+}
+
+static Tensor conv3x3_(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  Tensor x_kept, weight_kept;
+  const float *in = conv_values(x, "x", x_kept), *kernel = conv_values(weight, "weight", weight_kept);
+  Shape s = shape(x, "x"), k = shape(weight, "weight");
+  check_channels(s.C, k.B);
+  check(k.C == s.C && k.H == 3 && k.W == 3, "weight must have the shape (O, ", s.C, ", 3, 3), not ", shape_of(weight), ".");
+  const void* offset = parameter(bias, "bias", x, {k.B});
+  Tensor y = new_last(x, {s.B, k.B, s.H, s.W});
+  if (!empty(s)) conv3x3(s, k.B, in, kernel, static_cast<const float*>(offset), static_cast<float*>(y.data_ptr()));
+  return y;
+}
+
+static Tensor conv3x3_weight_gradient_(const Tensor& x, const Tensor& dy) {
+  Tensor x_kept, dy_kept;
+  const float *in = conv_values(x, "x", x_kept), *gradient = conv_values(dy, "dy", dy_kept);
+  Shape s = shape(x, "x"), d = shape(dy, "dy");
+  check_channels(s.C, d.C);
+  check(d.B == s.B && d.H == s.H && d.W == s.W, "dy must have the shape (", s.B, ", O, ", s.H, ", ", s.W, "), not ", shape_of(dy), ".");
+  Tensor dweight = new_last(x, {d.C, s.C, 3, 3});
+  conv3x3_weight_gradient(s, d.C, in, gradient, static_cast<float*>(dweight.data_ptr()));
+  return dweight;
+}
+
 // ---- pictures
 
 static Tensor to_uint8_(const Tensor& x) {
@@ -403,6 +444,8 @@ STABLE_TORCH_LIBRARY(oftsr, m) {
   m.def("group_norm_silu(Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("group_norm_silu_backward(Tensor dy, Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("conv3x3_weight_gradient(Tensor x, Tensor dy) -> Tensor");
   m.def("to_uint8(Tensor x) -> Tensor");
 }
 
@@ -420,5 +463,7 @@ STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
   m.impl("distill_loss_backward", TORCH_BOX(&distill_loss_backward_));
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_));
   m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward_));
+  m.impl("conv3x3", TORCH_BOX(&conv3x3_));
+  m.impl("conv3x3_weight_gradient", TORCH_BOX(&conv3x3_weight_gradient_));
   m.impl("to_uint8", TORCH_BOX(&to_uint8_));
 }
