@@ -1,7 +1,7 @@
 """The definition of right: every kernel in plain PyTorch, in float32 arithmetic, one function each.
 
 The extension (csrc/) performs the same operations in the same order, without fused multiply-add, so that
-all but the sums and the norm must agree to the bit: the noise of a picture is one picture, whoever draws it.
+all but the sums, the norm and the convolution must agree to the bit: the noise of a picture is one picture, whoever draws it.
 The arithmetic is float32 for float32, bfloat16 and float16 tensors, rounded once at the end, and float64 for float64.
 
 Symbols as in the README: x_1 (HR) and x_lr are (B, 3, H, W) in [-1, 1]; x_in is concat(x_t, x_lr),
