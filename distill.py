@@ -54,8 +54,9 @@ def parse_args(argv):
     p.add_argument("--t_min", type=data.in_range(float, -1, 1), default=0.01, help="t is uniform from here; below 0, a step begins at 0 and is shorter, so that s covers (0, dt) too")
     p.add_argument("--t_max", type=data.in_range(float, 0, 1), default=0.99, help="to here; with 1 - dt, no step is cut short at 1")
     p.add_argument("--look_min", type=data.in_range(float, 0, 1), default=0.6, help="--loss perceptual: the teacher looks at pictures at times uniform from here to 1")
-    p.add_argument("--lambda_adv", type=number, default=0.03, help="--loss perceptual: weight of looking like a photograph to a critic")
-    p.add_argument("--lambda_dial", type=number, default=1.0, help="--loss perceptual: weight of the straight dial and of its end at t = 0, Eq. (11)")
+    p.add_argument("--lambda_adv", type=number, default=0.015, help="--loss perceptual: weight of looking like a photograph to a critic")
+    p.add_argument("--lambda_truth", type=number, default=4.0, help="--loss perceptual: weight of the least-squares end, t = 0, and of the straight dial from there")
+    p.add_argument("--lambda_grid", type=number, default=1000.0, help="--loss perceptual: weight of the grid of the network's patches on smooth areas")
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill; for --loss perceptual out/DATASET_perceptual)")
     p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
@@ -136,24 +137,25 @@ class Critic(nn.Module):
 
 
 def perceptual_losses(student, teacher, critic, x_1, x_in, z_in, t, s):
-    """Ground truth for the realistic end of a finished student, and a straight dial to it from the faithful end.
+    """Ground truth for both ends of a finished student's dial, and a straight line between them.
 
     x_1 (B, 3, H, W); x_in = concat(x_0, x_lr) and z_in, the same under other noise, (B, 6, H, W); t, s (B,) in [0, 1]. The
     frozen teacher looks at x_1^1 = x_0 + v_phi(x_0, 1) and at x_1 on their way, at t, from z_in's start: were it x_0, the
     noise would be the student's own. Returns (losses, seen, there): what its encoder saw in x_1^1 and in x_1, lists of
-    (B, C, h, w), finest level first; and of the losses (4,)
+    (B, C, h, w), finest level first; and of the losses (5,)
     - "looks": how differently it saw the two. Mean absolute error, relative, the mean over the levels;
-    - "line": v_phi(x_0, s) against (1-s) v_theta(x_0, 0) + s v_phi(x_0, 1), held constant. Relative squared error. Where realism
-      is the Wasserstein-2 distance, a straight line from the least-squares estimate to the best realistic one gives away least
-      on the way (Freirich, Michaeli and Meir 2021): a guide here, as these ends are not quite those;
-    - "bc": v_phi(x_0, 0) against v_theta(x_0, 0), Eq. (11). Relative squared error;
+    - "truth": v_phi(x_0, 0) against x_1 - x_0: least squares, the faithful end. Relative squared error;
+    - "line": v_phi(x_0, s) against (1-s) v_phi(x_0, 0) + s v_phi(x_0, 1), held constant. Relative squared error, of the first
+      quarter of the pictures, rounded up: it has only to follow. Where realism is the Wasserstein-2 distance, a straight
+      line from the least-squares estimate to the best realistic one gives away least on the way (Freirich, Michaeli and
+      Meir 2021): a guide here, as the realistic end is not quite that;
+    - "grid": how much x_1^1, x_1^0 and x_1^s show the network's patches: see grid_error;
     - "adv": how little x_1^1 looks like a photograph to the critic, which learns nothing from it.
-    The dial's two are of the first quarter of the pictures, rounded up: it has only to follow.
     """
     few = -(-len(s) // 4)
-    few_in, few_s = x_in[:few], s[:few]
-    times = torch.cat([torch.ones_like(s), few_s, torch.zeros_like(few_s)])
-    v_1, v_s, v_0 = student(torch.cat([x_in, few_in, few_in]), times).float().split([len(s), few, few])
+    few_s = s[:few]
+    times = torch.cat([torch.ones_like(s), torch.zeros_like(s), few_s])
+    v_1, v_0, v_s = student(torch.cat([x_in, x_in, x_in[:few]]), times).float().split([len(s), len(s), few])
     (x_0, x_lr), z = x_in.chunk(2, dim=1), z_in.chunk(2, dim=1)[0]
 
     def look(x):
@@ -162,12 +164,25 @@ def perceptual_losses(student, teacher, critic, x_1, x_in, z_in, t, s):
     seen = look(x_0 + v_1)
     with torch.no_grad():
         there = look(x_1)
-        u_0 = teacher(few_in, torch.zeros_like(few_s)).float()
-        line = torch.lerp(u_0, v_1[:few], few_s.view(-1, 1, 1, 1))
+        line = torch.lerp(v_0[:few], v_1[:few], few_s.view(-1, 1, 1, 1))
     looks = sum((a.float() - b.float()).abs().mean() / b.float().abs().mean() for a, b in zip(seen, there)) / len(seen)
     frozen = {name: p.detach() for name, p in critic.named_parameters()}
     adv = -mean_score(torch.func.functional_call(critic, frozen, (seen,)))
-    return torch.stack([looks, relative_error(v_s, line), relative_error(v_0, u_0), adv]), seen, there
+    grid = sum(grid_error(x_0[: len(v)] + v, x_1[: len(v)], teacher.patch) for v in (v_1, v_0, v_s))
+    return torch.stack([looks, relative_error(v_0, x_1 - x_0), relative_error(v_s, line), grid, adv]), seen, there
+
+
+def grid_error(x, x_1, patch, size=16, smooth=0.05):
+    """How much the mean of pictures x (B, 3, H, W) depends on the place of a pixel in its patch: the variance over the patch^2 places.
+
+    Where x_1 is smooth, in squares of `size` pixels in which it deviates by less than `smooth` (6 of 255), as it is there
+    that a grid of some .1 of 255 would show, if anywhere. A number; 0 where nothing is smooth.
+    """
+    height, width = (side // size * size for side in x.shape[2:])
+    squares = lambda a: F.pixel_unshuffle(a[..., :height, :width], size).unflatten(1, (3, size // patch, patch, size // patch, patch))
+    calm = (squares(x_1).std((2, 3, 4, 5), correction=0).amax(1) < smooth).float()  # (B, H / size, W / size)
+    places = squares(x).mean((2, 4)).mul(calm[:, None, None, None]).sum((0, 4, 5)) / calm.sum().clamp(min=1)  # (3, patch, patch)
+    return places.flatten(1).var(1, correction=0).mean()
 
 
 def relative_error(a, b):
@@ -328,7 +343,7 @@ def main(argv=None):
     per_step = args.batch_size * args.gradient_accumulation_steps * world  # pictures
     batches = data.training_batches(train_paths, task, args.seed, args.batch_size, step * per_step, rank, world, workers)
     bar = tqdm(total=args.max_iters, initial=step, disable=None if master else True, unit="step")
-    losses_of = {"looks": 1, "line": args.lambda_dial, "bc": args.lambda_dial, "adv": args.lambda_adv} if perceptual else \
+    losses_of = {"looks": 1, "truth": args.lambda_truth, "line": args.lambda_truth, "grid": args.lambda_grid, "adv": args.lambda_adv} if perceptual else \
         {"distill": 1, "align": args.lambda_align, "bc": args.lambda_bc}  # and their weights, Eq. (12)
     weights = torch.tensor([*losses_of.values()], dtype=torch.float32, device=device)
     sums = torch.zeros(len(losses_of) + 2, device=device)  # the losses, the critic's own and the count, since the last log line

@@ -2,12 +2,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.integrate import RK45
 
 import data
 import kernels
 import sample
-from distill import Critic, critic_loss, distillation_losses, mean_score, perceptual_losses
+from distill import Critic, critic_loss, distillation_losses, grid_error, mean_score, perceptual_losses
 from sample import SOLVERS, integrate, mean_slope, one_step, reflect_to, restore, tile_spans
 from test_model import tiny
 from train_flow import flow_loss
@@ -180,10 +181,12 @@ def test_distillation_losses_and_gradients_are_the_papers(objective):
 
 
 def perceptual_example():
-    """x_1, x_in, z_in, t, s of five pictures: two of them, a quarter rounded up, are at s = .25 and .5."""
+    """x_1, x_in, z_in, t, s of five pictures: two of them, a quarter rounded up, are at s = .25 and .5; the last x_1 is smooth."""
     x_in, z_in = buffer(5, 16), buffer(5, 16, seed=1)
     z_in[:, 3:] = x_in[:, 3:]
-    return x_in[:, 3:] / 2, x_in, z_in, torch.linspace(0.6, 1, 5), torch.tensor([0.25, 0.5, 0.0, 0.0, 0.0])
+    x_1 = x_in[:, 3:] / 2
+    x_1[4] = 0.1
+    return x_1, x_in, z_in, torch.linspace(0.6, 1, 5), torch.tensor([0.25, 0.5, 0.0, 0.0, 0.0])
 
 
 def image(v):
@@ -193,17 +196,39 @@ def image(v):
 def test_perceptual_losses_measure_each_part_of_the_dial():
     teacher, critic = tiny(), Critic(tiny().feature_channels)
     x_1, x_in, z_in, t, s = perceptual_example()
-    u_0 = lambda x: teacher(x, torch.zeros(len(x)))
-    straight = lambda x, t: torch.lerp(u_0(x), x[:, 3:] / 2 - x[:, :3], image(t))  # from the teacher's end to x_1
+    truth = x_1 - x_in[:, :3]
+    dial = lambda x, t: truth[[*range(5), *range(5), 0, 1]]  # what is asked: all pictures at t = 1, all at 0, two between
     losses = lambda student: perceptual_losses(student, teacher, critic, x_1, x_in, z_in, t, s)[0]
-    looks, line, bc, _ = losses(straight)
-    assert looks < 1e-6 and line < 1e-9 and bc < 1e-9
-    looks, line, bc, _ = losses(lambda x, t: straight(x, t) + 0.1 * image(t * (1 - t)))  # its ends as they were
-    ends = straight(x_in[:2], s[:2])
-    assert looks < 1e-6 and bc < 1e-9 and line.item() == pytest.approx((0.01 * (s[:2] - s[:2] ** 2).square().mean() / ends.square().mean()).item(), rel=1e-4)
-    looks, line, bc, _ = losses(lambda x, t: straight(x, t) + 0.1 * image(t))  # still straight, to another end
-    assert looks > 1e-3 and line < 1e-9 and bc < 1e-9
-    assert losses(lambda x, t: straight(x, t) * image(1 - 0.1 * (t == 0)))[2].item() == pytest.approx(0.01, rel=1e-4)
+    looks, end, line, *_ = losses(dial)
+    assert looks < 1e-6 and end < 1e-9 and line < 1e-9
+    looks, end, line, *_ = losses(lambda x, t: dial(x, t) + 0.1 * image(t * (1 - t)))  # its ends as they were
+    assert looks < 1e-6 and end < 1e-9
+    assert line.item() == pytest.approx((0.01 * (s[:2] - s[:2] ** 2).square().mean() / truth[:2].square().mean()).item(), rel=1e-4)
+    looks, end, line, *_ = losses(lambda x, t: dial(x, t) + 0.1 * image(t))  # still straight, to another end
+    assert looks > 1e-3 and end < 1e-9 and line < 1e-9
+    looks, end, line, *_ = losses(lambda x, t: dial(x, t) * image(1 - 0.1 * (1 - t)))  # and from another
+    assert looks < 1e-6 and end.item() == pytest.approx(0.01, rel=1e-4) and line < 1e-9
+
+
+def test_the_grid_is_what_depends_on_the_place_in_the_patch_where_the_photograph_is_smooth():
+    ramp = torch.linspace(-0.05, 0.05, 32).expand(2, 3, 32, 32)  # smooth, but in the second picture's upper half
+    x_1 = ramp.clone()
+    x_1[1, :, :16] += torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 1, 1).expand_as(x_1).clone().requires_grad_()
+    assert grid_error(x, x_1, 2) < 1e-12
+    places = torch.tensor([[0.1, 0.0], [0.0, 0.0]]).repeat(16, 16)  # one pixel of each patch
+    right = torch.tensor([0.1, 0, 0, 0]).var(correction=0).item()
+    assert grid_error(x + places, x_1, 2).item() == pytest.approx(right, rel=1e-4)
+    assert grid_error(x + places, x_1, 4).item() == pytest.approx(right, rel=1e-4) and grid_error(x + places, x_1, 1) < 1e-12
+    gradient = torch.autograd.grad(grid_error(x + places, x_1, 2), x)[0]
+    assert gradient[0].ne(0).all() and gradient[1, :, 16:].ne(0).all() and gradient[1, :, :16].eq(0).all()
+    odd = F.pad(x + places, (0, 10, 0, 6))  # what is no square is not looked at
+    assert torch.equal(grid_error(odd, F.pad(x_1, (0, 10, 0, 6)), 2), grid_error(x + places, x_1, 2))
+    assert grid_error(places.expand_as(x_1), torch.randn(2, 3, 32, 32), 2) == 0  # nothing smooth
+    alternating = x.detach().clone()
+    alternating[0] += places
+    alternating[1] -= places  # a texture, no grid: the smooth squares that it has more and those that it has less
+    assert grid_error(alternating, ramp, 2) < 1e-12
 
 
 def test_the_teacher_looks_at_both_on_their_way_from_another_start():
@@ -216,7 +241,7 @@ def test_the_teacher_looks_at_both_on_their_way_from_another_start():
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(maps, expected))
     looks = [((a - b).abs().mean() / b.abs().mean()).item() for a, b in zip(seen, there)]
     assert losses[0].item() == pytest.approx(sum(looks) / 2, rel=1e-5)
-    assert losses[3].item() == pytest.approx(-mean_score(critic(seen)).item(), rel=1e-5)
+    assert losses[4].item() == pytest.approx(-mean_score(critic(seen)).item(), rel=1e-5)
 
 
 def test_perceptual_losses_teach_the_student_and_nobody_else_and_the_line_moves_no_end():
@@ -232,7 +257,10 @@ def test_perceptual_losses_teach_the_student_and_nobody_else_and_the_line_moves_
     end = torch.zeros((), requires_grad=True)
     losses, _, _ = perceptual_losses(lambda x, t: student(x, t) + end * image((t == 1).float()), teacher, critic, *perceptual_example())
     grads = [torch.autograd.grad(loss, end, retain_graph=True, allow_unused=True)[0] for loss in losses]
-    assert grads[0] != 0 and grads[3] != 0 and not grads[1] and not grads[2]
+    assert grads[0] != 0 and grads[4] != 0 and not grads[1] and not grads[2]
+    losses, _, _ = perceptual_losses(lambda x, t: student(x, t) + end * image((t == 0).float()), teacher, critic, *perceptual_example())
+    grads = [torch.autograd.grad(loss, end, retain_graph=True, allow_unused=True)[0] for loss in losses]
+    assert grads[1] != 0 and not grads[0] and not grads[2] and not grads[4]
 
 
 def test_a_critic_learns_to_tell():
