@@ -1,7 +1,7 @@
 """Stage 2: distil the flow into one step whose t slides from fidelity to realism (Eq. 9 to 12, Algorithm 1).
 
 With all defaults:          python distill.py --dt 0.05
-Then, more realism:         python distill.py --loss perceptual --max_iters 600 --warmup_iters 20 --lr_decay linear
+Then, more realism:         python distill.py --loss perceptual --max_iters 2000 --warmup_iters 20 --lr_decay linear
 On one GPU:                 torchrun distill.py --dataset ffhq --data_dir DIR
 On eight:                   torchrun --nproc_per_node 8 distill.py --dataset ffhq --data_dir DIR
 From a published teacher:   python distill.py --dataset ffhq --teacher FILE --data_dir DIR
@@ -10,7 +10,7 @@ To go on after a stop:      the same command with --init_from resume
 
 The teacher is --teacher, or the newest stage-1 checkpoint of the task under out/, or the shipped one; the task
 (sigma_p and all) is the one it was trained for. --loss perceptual, not the paper's, goes on with a student of that teacher,
---init_from or the newest one under out/, whose end at t = 1 learns from the photographs. Writes what train_flow.py writes.
+--init_from or the newest one under out/, whose ends learn from the photographs. Writes what train_flow.py writes.
 """
 import argparse
 import copy
