@@ -127,7 +127,8 @@ def test_the_truth_for_a_published_network_in_two_processes(photos, tmp_path):
                     "--init_from", tmp_path / "distill.safetensors", "--max_iters", 2, "--gradient_accumulation_steps", 2, "--dtype", "bfloat16", "--learning_rate", 1e-7)
     assert done.returncode == 0, done.stderr
     log = log_of(tmp_path / "out")[0]
-    assert 0 < log["looks"] < 2 and log["truth"] > 0.1 and log["critic"] == pytest.approx(2, abs=0.5)
+    assert {"looks", "truth", "line", "grid", "adv"} <= set(log) and log["critic"] == pytest.approx(2, abs=0.5)
+    assert 0 < log["looks"] < 2 and log["truth"] > 1  # its start is one of random weights: worse than saying nothing
     assert load_model(tmp_path / "out" / "ckpt.pt")[0].config["out_channels"] == 6
 
 

@@ -50,54 +50,61 @@ OFTSR Vector fma(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// One column (or row) each: G g, B^T d, A^T m, for the points 0, 1, -1, 2, -2 and infinity.
-OFTSR void kernel_points(const Vector* g, int step, Vector* out) {
+// The transforms of one column or row, whose values lie `step` apart: G g, B^T d and A^T m, for the points 0, 1, -1, 2, -2
+// and infinity; and the transposes of the first and the third, G^T u and A y.
+OFTSR void kernel_points(const Vector* g, Vector* out, int step) {
   Vector a = g[0], b = g[step], c = g[2 * step], even = a * (1.f / 24) + c * (1.f / 6), odd = b * (1.f / 12);
   out[0] = a * 0.25f;
-  out[1] = (a + b + c) * (-1.f / 6);
-  out[2] = (a - b + c) * (-1.f / 6);
-  out[3] = even + odd;
-  out[4] = even - odd;
-  out[5] = c;
+  out[step] = (a + b + c) * (-1.f / 6);
+  out[2 * step] = (a - b + c) * (-1.f / 6);
+  out[3 * step] = even + odd;
+  out[4 * step] = even - odd;
+  out[5 * step] = c;
 }
 
-OFTSR void input_points(Vector* d, int step) {
+OFTSR void input_points(const Vector* d, Vector* out, int step) {
   Vector d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
   Vector even = d4 - 4 * d2, odd = d3 - 4 * d1, even2 = d4 - d2, odd2 = 2 * (d3 - d1);
-  d[0] = 4 * d0 - 5 * d2 + d4;
-  d[step] = even + odd;
-  d[2 * step] = even - odd;
-  d[3 * step] = even2 + odd2;
-  d[4 * step] = even2 - odd2;
-  d[5 * step] = 4 * d1 - 5 * d3 + d5;
+  out[0] = 4 * d0 - 5 * d2 + d4;
+  out[step] = even + odd;
+  out[2 * step] = even - odd;
+  out[3 * step] = even2 + odd2;
+  out[4 * step] = even2 - odd2;
+  out[5 * step] = 4 * d1 - 5 * d3 + d5;
 }
 
-OFTSR void output_values(Vector* m, int step) {
-  Vector m0 = m[0], m5 = m[5 * step], sum = m[step] + m[2 * step], difference = m[step] - m[2 * step];
-  Vector sum2 = m[3 * step] + m[4 * step], difference2 = m[3 * step] - m[4 * step];
-  m[0] = m0 + sum + sum2;
-  m[step] = difference + 2 * difference2;
-  m[2 * step] = sum + 4 * sum2;
-  m[3 * step] = difference + 8 * difference2 + m5;
+OFTSR void output_values(const Vector* m, Vector* out, int step) {
+  Vector sum = m[step] + m[2 * step], difference = m[step] - m[2 * step], sum2 = m[3 * step] + m[4 * step], difference2 = m[3 * step] - m[4 * step];
+  out[0] = m[0] + sum + sum2;
+  out[step] = difference + 2 * difference2;
+  out[2 * step] = sum + 4 * sum2;
+  out[3 * step] = difference + 8 * difference2 + m[5 * step];
 }
 
-// The transposes of the first and the third: G^T u and A y.
-OFTSR void kernel_gradient(const Vector* u, int step, Vector* out) {
+OFTSR void kernel_gradient(const Vector* u, Vector* out, int step) {
   Vector sum = (u[step] + u[2 * step]) * (-1.f / 6), sum2 = u[3 * step] + u[4 * step];
   out[0] = u[0] * 0.25f + sum + sum2 * (1.f / 24);
-  out[1] = (u[2 * step] - u[step]) * (1.f / 6) + (u[3 * step] - u[4 * step]) * (1.f / 12);
-  out[2] = sum + sum2 * (1.f / 6) + u[5 * step];
+  out[step] = (u[2 * step] - u[step]) * (1.f / 6) + (u[3 * step] - u[4 * step]) * (1.f / 12);
+  out[2 * step] = sum + sum2 * (1.f / 6) + u[5 * step];
 }
 
-OFTSR void output_points(const Vector* y, int step, Vector* out) {
-  Vector y0 = y[0], y1 = y[step], y2 = y[2 * step], y3 = y[3 * step];
-  Vector even = y0 + y2, odd = y1 + y3, even2 = y0 + 4 * y2, odd2 = 2 * y1 + 8 * y3;
-  out[0] = y0;
-  out[1] = even + odd;
-  out[2] = even - odd;
-  out[3] = even2 + odd2;
-  out[4] = even2 - odd2;
-  out[5] = y3;
+OFTSR void output_points(const Vector* y, Vector* out, int step) {
+  Vector even = y[0] + y[2 * step], odd = y[step] + y[3 * step], even2 = y[0] + 4 * y[2 * step], odd2 = 2 * y[step] + 8 * y[3 * step];
+  out[0] = y[0];
+  out[step] = even + odd;
+  out[2 * step] = even - odd;
+  out[3 * step] = even2 + odd2;
+  out[4 * step] = even2 - odd2;
+  out[5 * step] = y[3 * step];
+}
+
+// One of them along the columns and then along the rows: `in` (N, N) to `out` (M, M).
+template <int N, int M, auto TRANSFORM> OFTSR void both_ways(const Vector* in, Vector* out) {
+  Vector half[M * N];
+#pragma GCC unroll 6
+  for (int j = 0; j < N; j++) TRANSFORM(in + j, half + j, N);
+#pragma GCC unroll 6
+  for (int i = 0; i < M; i++) TRANSFORM(half + i * N, out + i * M, 1);
 }
 
 // G g G^T of COLUMNS output channels, weight (O, 3, 3, C) from the first of them on, to U[36][C][COLUMNS], each of whose
@@ -106,17 +113,11 @@ static void transform_kernels(const float* weight, int64_t C, float* U, int64_t 
   for (int64_t c = 0; c < C; c += LANES) {
     float turned[36][LANES][COLUMNS];
     for (int o = 0; o < COLUMNS; o++) {
-      Vector g[9], column[6], half[18], u[6];
+      Vector g[9], u[36];
       for (int k = 0; k < 9; k++) g[k] = get(weight + (o * 9 + k) * C + c);
-      for (int j = 0; j < 3; j++) {
-        kernel_points(g + j, 3, column);
-        for (int i = 0; i < 6; i++) half[i * 3 + j] = column[i];
-      }
-      for (int i = 0; i < 6; i++) {
-        kernel_points(half + i * 3, 1, u);
-        for (int j = 0; j < 6; j++)
-          for (int lane = 0; lane < LANES; lane++) turned[i * 6 + j][lane][o] = u[j][lane];
-      }
+      both_ways<3, 6, kernel_points>(g, u);
+      for (int k = 0; k < 36; k++)
+        for (int lane = 0; lane < LANES; lane++) turned[k][lane][o] = u[k][lane];
     }
     for (int k = 0; k < 36; k++) memcpy(U + k * stride + c * COLUMNS, turned[k], sizeof turned[k]);
   }
@@ -129,18 +130,15 @@ struct Window { const float* x; int64_t H, W, C, top, left; };
 // before. Beyond the picture there are zeros.
 template <bool INSIDE> static void transform_input(const Window& w, float* V, int64_t stride, int64_t panel) {
   for (int64_t c = 0; c < w.C; c += LANES) {
-    Vector d[36];
+    Vector d[36], v[36];
     for (int i = 0; i < 6; i++)
       for (int j = 0; j < 6; j++) {
         int64_t y = w.top + i, x = w.left + j;
         bool there = INSIDE || (y >= 0 && y < w.H && x >= 0 && x < w.W);
         d[i * 6 + j] = there ? get(w.x + (y * w.W + x) * w.C + c) : Vector{};
       }
-#pragma GCC unroll 6
-    for (int j = 0; j < 6; j++) input_points(d + j, 6);
-#pragma GCC unroll 6
-    for (int i = 0; i < 6; i++) input_points(d + i * 6, 1);
-    for (int k = 0; k < 36; k++) put(V + k * stride + c / COLUMNS * panel + c % COLUMNS, d[k]);
+    both_ways<6, 6, input_points>(d, v);
+    for (int k = 0; k < 36; k++) put(V + k * stride + c / COLUMNS * panel + c % COLUMNS, v[k]);
   }
 }
 
@@ -166,14 +164,11 @@ template <int R> OFTSR void multiply(const float* V, const float* U, float* M, i
 // A^T m A + bias, as much of the 4x4 as lies in the picture, to y (H, W, O) from the tile's corner on.
 static void transform_output(const float* M, int64_t stride, const float* bias, float* y, int64_t rows, int64_t columns, int64_t W, int64_t O) {
   for (int64_t o = 0; o < O; o += LANES) {
-    Vector m[36], b = get(bias + o);
+    Vector m[36], tile[16], b = get(bias + o);
     for (int k = 0; k < 36; k++) m[k] = get(M + k * stride + o);
-#pragma GCC unroll 6
-    for (int j = 0; j < 6; j++) output_values(m + j, 6);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) output_values(m + i * 6, 1);
+    both_ways<6, 4, output_values>(m, tile);
     for (int64_t i = 0; i < rows; i++)
-      for (int64_t j = 0; j < columns; j++) put(y + (i * W + j) * O + o, m[i * 6 + j] + b);
+      for (int64_t j = 0; j < columns; j++) put(y + (i * W + j) * O + o, tile[i * 4 + j] + b);
   }
 }
 
@@ -227,19 +222,11 @@ void conv3x3(Shape s, int64_t O, const float* x, const float* weight, const floa
 // after the one before.
 static void transform_gradient(const float* dy, int64_t rows, int64_t columns, int64_t W, int64_t O, float* N, int64_t stride) {
   for (int64_t o = 0; o < O; o += LANES) {
-    Vector y[16], half[24], n[6];
+    Vector y[16], n[36];
     for (int i = 0; i < 4; i++)
       for (int j = 0; j < 4; j++) y[i * 4 + j] = i < rows && j < columns ? get(dy + (i * W + j) * O + o) : Vector{};
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      output_points(y + j, 4, n);
-      for (int i = 0; i < 6; i++) half[i * 4 + j] = n[i];
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < 6; i++) {
-      output_points(half + i * 4, 1, n);
-      for (int j = 0; j < 6; j++) put(N + (i * 6 + j) * stride + o, n[j]);
-    }
+    both_ways<4, 6, output_points>(y, n);
+    for (int k = 0; k < 36; k++) put(N + k * stride + o, n[k]);
   }
 }
 
@@ -282,16 +269,10 @@ void conv3x3_weight_gradient(Shape s, int64_t O, const float* x, const float* dy
   parallel_for(0, O, 1, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; o++)
       for (int64_t c = 0; c < C; c += LANES) {
-        Vector u[36], half[18], g[3];
+        Vector u[36], g[9];
         for (int k = 0; k < 36; k++) u[k] = get(U.get() + (k * O + o) * C + c);
-        for (int j = 0; j < 6; j++) {
-          kernel_gradient(u + j, 6, g);
-          for (int i = 0; i < 3; i++) half[i * 6 + j] = g[i];
-        }
-        for (int i = 0; i < 3; i++) {
-          kernel_gradient(half + i * 6, 1, g);
-          for (int j = 0; j < 3; j++) put(dweight + (o * 9 + i * 3 + j) * C + c, g[j]);
-        }
+        both_ways<6, 3, kernel_gradient>(u, g);
+        for (int k = 0; k < 9; k++) put(dweight + (o * 9 + k) * C + c, g[k]);
       }
   });
 }
