@@ -56,7 +56,7 @@ def parse_args(argv):
     p.add_argument("--look_min", type=data.in_range(float, 0, 1), default=0.6, help="--loss perceptual: the teacher looks at pictures at times uniform from here to 1")
     p.add_argument("--lambda_adv", type=number, default=0.015, help="--loss perceptual: weight of looking like a photograph to a critic")
     p.add_argument("--lambda_truth", type=number, default=4.0, help="--loss perceptual: weight of the least-squares end, t = 0, and of the straight dial from there")
-    p.add_argument("--lambda_grid", type=number, default=1000.0, help="--loss perceptual: weight of the grid of the network's patches on smooth areas")
+    p.add_argument("--lambda_grid", type=number, default=10_000.0, help="--loss perceptual: weight of the grid of the network's patches on smooth areas")
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill; for --loss perceptual out/DATASET_perceptual)")
     p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
@@ -149,7 +149,8 @@ def perceptual_losses(student, teacher, critic, x_1, x_in, z_in, t, s):
       quarter of the pictures, rounded up: it has only to follow. Where realism is the Wasserstein-2 distance, a straight
       line from the least-squares estimate to the best realistic one gives away least on the way (Freirich, Michaeli and
       Meir 2021): a guide here, as the realistic end is not quite that;
-    - "grid": how much x_1^1, x_1^0 and x_1^s show the network's patches: see grid_error;
+    - "grid": how much x_1^1, x_1^0 and x_1^s show the network's patches: see grid_error. x_1^0 in each smooth square by itself,
+      as no least-squares estimate has details that fine there; the others, which have texture, in the mean over all;
     - "adv": how little x_1^1 looks like a photograph to the critic, which learns nothing from it.
     """
     few = -(-len(s) // 4)
@@ -168,21 +169,26 @@ def perceptual_losses(student, teacher, critic, x_1, x_in, z_in, t, s):
     looks = sum((a.float() - b.float()).abs().mean() / b.float().abs().mean() for a, b in zip(seen, there)) / len(seen)
     frozen = {name: p.detach() for name, p in critic.named_parameters()}
     adv = -mean_score(torch.func.functional_call(critic, frozen, (seen,)))
-    grid = sum(grid_error(x_0[: len(v)] + v, x_1[: len(v)], teacher.patch) for v in (v_1, v_0, v_s))
+    grid = (grid_error(x_0 + v_1, x_1, teacher.patch) + grid_error(x_0[:few] + v_s, x_1[:few], teacher.patch)
+            + grid_error(x_0 + v_0, x_1, teacher.patch, each=True))
     return torch.stack([looks, relative_error(v_0, x_1 - x_0), relative_error(v_s, line), grid, adv]), seen, there
 
 
-def grid_error(x, x_1, patch, size=16, smooth=0.05):
+def grid_error(x, x_1, patch, size=8, smooth=0.05, each=False):
     """How much the mean of pictures x (B, 3, H, W) depends on the place of a pixel in its patch: the variance over the patch^2 places.
 
-    Where x_1 is smooth, in squares of `size` pixels in which it deviates by less than `smooth` (6 of 255), as it is there
-    that a grid of some .1 of 255 would show, if anywhere. A number; 0 where nothing is smooth.
+    Where x_1 is smooth, in the squares of `size` pixels in which it deviates by less than `smooth` (6 of 255), as it is there
+    that a grid of some .1 of 255 would show, if anywhere. The variance of the mean over all these squares; or, `each`, the
+    mean of every square's own. patch divides size. A number; 0 where nothing is smooth, or smaller than a square.
     """
     height, width = (side // size * size for side in x.shape[2:])
     squares = lambda a: F.pixel_unshuffle(a[..., :height, :width], size).unflatten(1, (3, size // patch, patch, size // patch, patch))
     calm = (squares(x_1).std((2, 3, 4, 5), correction=0).amax(1) < smooth).float()  # (B, H / size, W / size)
-    places = squares(x).mean((2, 4)).mul(calm[:, None, None, None]).sum((0, 4, 5)) / calm.sum().clamp(min=1)  # (3, patch, patch)
-    return places.flatten(1).var(1, correction=0).mean()
+    calm = calm / calm.sum().clamp(min=1)
+    places = squares(x).mean((2, 4)).flatten(2, 3)  # (B, 3, patch^2, H / size, W / size)
+    if each:
+        return (places.var(2, correction=0).mean(1) * calm).sum()
+    return (places * calm[:, None, None]).sum((0, 3, 4)).var(1, correction=0).mean()
 
 
 def relative_error(a, b):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import build, reference
+from model import Conv3x3
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -351,20 +352,30 @@ def test_conv(size, layout):
 
 
 def test_conv_where_it_pays(monkeypatch):
-    """Ours in float32 between multiples of 32 channels, of enough pixels; PyTorch's very bits elsewhere; no gradient that is not asked for."""
+    """Ours in float32 between multiples of 32 channels, of enough tiles; PyTorch's very bits elsewhere; no gradient that is not asked for."""
     native("cpu")
     ops, calls = torch.ops.oftsr, []
     monkeypatch.setattr(kernels, "ops", type("Spy", (), {name: staticmethod(lambda *args, name=name: calls.append(name) or getattr(ops, name)(*args))
                                                          for name in ("conv3x3", "conv3x3_weight_gradient")}))
-    x, w, b = conv_inputs(1, 32, 32, 16, 16)
-    assert torch.equal(kernels.conv3x3(x, w, b), ops.conv3x3(x, w, b)) and calls == ["conv3x3"]
+    x, w, b = conv_inputs(1, 32, 32, 32, 32)
+    for args in ((x, w, b), conv_inputs(4, 32, 64, 16, 16)):  # the tiles of the batch
+        assert torch.equal(kernels.conv3x3(*args), ops.conv3x3(*args)) and calls == ["conv3x3"]
+        calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
         assert kernels.conv3x3(x, w, b).dtype == torch.bfloat16
-    for args in (conv_inputs(1, 32, 32, 15, 17), conv_inputs(1, 24, 32, 16, 16), conv_inputs(1, 32, 12, 16, 16), (x.double(), w.double(), b.double())):
+    for sizes in ((1, 32, 32, 31, 32), (1, 32, 32, 3, 3000), (3, 32, 32, 16, 19), (1, 48, 32, 32, 32), (1, 32, 12, 32, 32)):
+        args = conv_inputs(*sizes)
         assert torch.equal(kernels.conv3x3(*args), F.conv2d(*args, padding=1))
-    assert calls == ["conv3x3"]
+    assert kernels.conv3x3(x.double(), w.double(), b.double()).dtype == torch.float64
+    assert not calls
     kernels.conv3x3(x.requires_grad_(), w, b).sum().backward()  # through frozen weights
-    assert calls == ["conv3x3"] * 3
+    assert calls == ["conv3x3"] * 2 and w.grad is b.grad is None
+    calls.clear()
+    kernels.conv3x3(x.detach(), w.requires_grad_(), b.requires_grad_()).sum().backward()  # of the first layer
+    assert calls == ["conv3x3", "conv3x3_weight_gradient"] and b.grad.eq(32 * 32).all()
+    calls.clear()
+    Conv3x3(32, 32).requires_grad_(False)(x.detach())
+    assert calls == ["conv3x3"]
 
 
 # ---- gradients, registration, compilation
@@ -474,6 +485,7 @@ ERRORS = {
     "weight must have the shape (C) with its channels next to one another; it has the shape (4).": lambda x: kernels.group_norm_silu(x, 3, torch.ones(4), torch.zeros(3)),
     "weight must have the shape (O, 32, 3, 3), not (32, 32, 1, 1).": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 1, 1), torch.zeros(32)),
     "conv3x3 takes multiples of 32 channels, not 3 to 32.": lambda x: torch.ops.oftsr.conv3x3(x, torch.zeros(32, 3, 3, 3), torch.zeros(32)),
+    "conv3x3 takes multiples of 32 channels, not 0 to 32.": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 0, 4, 4), torch.zeros(32, 0, 3, 3), torch.zeros(32)),
     "dy must have the shape (1, O, 4, 4), not (1, 32, 4, 5).": lambda x: torch.ops.oftsr.conv3x3_weight_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 5)),
     "scale and shift must be given together.": lambda x: kernels.group_norm_silu(x, 3, torch.ones(3), torch.zeros(3), torch.zeros(2, 3)),
     "the mean over no elements is not defined: v_step has the shape (0, 3, 4, 4).": lambda x: kernels.distill_loss(x[:0], x[:0], x[:0], torch.rand(0), torch.rand(0)),

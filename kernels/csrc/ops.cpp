@@ -382,7 +382,7 @@ static float* conv_values(const Tensor& x, const char* name, Tensor& kept) {
   return static_cast<float*>(kept.data_ptr());
 }
 
-static void check_channels(int64_t C, int64_t O) { check(C % 32 == 0 && O % 32 == 0, "conv3x3 takes multiples of 32 channels, not ", C, " to ", O, "."); }
+static void check_channels(int64_t C, int64_t O) { check(C && O && C % 32 == 0 && O % 32 == 0, "conv3x3 takes multiples of 32 channels, not ", C, " to ", O, "."); }
 
 static Tensor new_last(const Tensor& like, std::vector<int64_t> size) {
   Tensor y = torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
