@@ -213,7 +213,7 @@ def conv3x3(x, weight, bias):
 
     On the CPU, in float32 and between multiples of 32 channels, by Winograd's algorithm F(4x4, 3x3) (Lavin & Gray 2016),
     which multiplies a quarter as often and errs about four times as much as PyTorch's (with 32 channels 1.3e-6 of the
-    result's deviation, with 512 4.7e-6); an Inf or NaN spreads over its tile. From `WINOGRAD_TILES` on, below which
+    result's deviation, with 512 4.5e-6); an Inf or NaN spreads over its tile. From `WINOGRAD_TILES` on, below which
     transforming the weights costs more than it saves: so in a small picture the last bits can depend on its batch.
     Elsewhere PyTorch's. The gradient flows into all three tensors, once.
     """
