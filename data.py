@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
-import kernels
-from model import PRESETS, InputError, atomic_write
+from console import InputError, in_range
+from degradations import degrade, to_float
+from model import PRESETS
+from pictures import list_images, read_image
 
 ASSETS = Path(__file__).parent / "assets"
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 # --- tasks: a row is everything an experiment of the paper fixes ---
@@ -32,6 +32,7 @@ class Task:
     degradation: str = "bicubic"  # H: "bicubic" (antialiased) or "avgpool"
     scale: int = 4
     sigma_n: float = 0.0  # noise of the measurement, on the [-1, 1] scale
+    eight_bit: bool = False  # the low-resolution picture is clamped and rounded to 8 bits, as in a file; the paper's is not
     sigma_p: float = 0.1  # perturbation of the start, Eq. (4)
     image_size: int = 256  # side of a training picture
     crop: str = "center"  # "center": resize the short side, cut the middle; "random": cut anywhere, no resizing
@@ -46,7 +47,7 @@ class Task:
 
 
 TASKS = {task.name: task for task in (
-    Task("photos", sigma_p=0.1, image_size=128, crop="random", model="photos"),
+    Task("photos", eight_bit=True, sigma_p=0.1, image_size=128, crop="random", model="photos"),
     Task("ffhq", train_files=60000, val_list="ffhq_val_100.txt", paper="Table 2, top"),
     Task("ffhq_noisy", degradation="avgpool", sigma_n=0.05, sigma_p=0.5, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 2, bottom"),
     Task("ffhq_x8", scale=8, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
@@ -58,19 +59,6 @@ TASKS = {task.name: task for task in (
 )}
 
 
-def in_range(kind, low, high=None):
-    """An argparse type: a number of that kind in [low, high]."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-        if not value >= low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {f'{low} to {high}' if high is not None else f'at least {low}'}")
-        return value
-    return parse
-
-
 def add_task_flags(parser):
     """--dataset picks a row of the table, any other of these overrides a cell of it."""
     g = parser.add_argument_group("task: --dataset picks a row of data.TASKS, the rest override its cells")
@@ -78,6 +66,7 @@ def add_task_flags(parser):
     g.add_argument("--degradation", choices=("bicubic", "avgpool"), help="H")
     g.add_argument("--scale", type=in_range(int, 1, 64), help="how many times smaller x_lr is")
     g.add_argument("--sigma_n", type=in_range(float, 0, 10), help="noise of the measurement, on the [-1, 1] scale")
+    g.add_argument("--eight_bit", action=argparse.BooleanOptionalAction, help="round the low-resolution picture to 8 bits, as a file does")
     g.add_argument("--sigma_p", type=in_range(float, 0, 1), help="perturbation of the start, Eq. (4)")
     g.add_argument("--image_size", type=in_range(int, 8), help="side of a training picture")
     g.add_argument("--crop", choices=("center", "random"), help="resize and cut the middle, or cut anywhere")
@@ -93,76 +82,6 @@ def resolve_task(args, row=None):
     if task.image_size % task.scale:
         raise InputError(f"--image_size {task.image_size} is not a multiple of --scale {task.scale}")
     return task
-
-
-# --- pictures in and out ---
-
-
-def rgb_array(im):
-    """A PIL picture as RGB, uint8 (H, W, 3): EXIF rotation applied, alpha composited on white, 16 bits brought to 8. Raises InputError for floats."""
-    im = ImageOps.exif_transpose(im)
-    if im.mode.startswith("I;16") or im.mode == "I":
-        im = Image.fromarray(np.clip(np.round(np.asarray(im, np.float32) / 257), 0, 255).astype(np.uint8))
-    if im.mode == "F":
-        raise InputError("its pixels are floats of an unknown range: save it with 8 or 16 bits")
-    if im.has_transparency_data:
-        im = im.convert("RGBA")
-        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-    return np.array(im.convert("RGB"))
-
-
-def read_image(path):
-    """A picture file as RGB, uint8 (H, W, 3). Raises InputError, in one line that names the file, if it cannot be read."""
-    try:
-        with Image.open(path) as im:
-            return rgb_array(im)
-    except FileNotFoundError:
-        raise InputError(f"no picture at {path}") from None
-    except Exception as e:  # Pillow raises whatever a broken file leads it to: struct.error, SyntaxError, ...
-        raise InputError(f"{path} cannot be read as a picture: {e}") from None
-
-
-def picture_format(path):
-    """The format that Pillow would write to a file of that ending, or None."""
-    name = Image.registered_extensions().get(Path(path).suffix.lower())
-    return name if name in Image.SAVE else None
-
-
-def check_fits(path, height, width):
-    """Raises InputError if a picture of that size does not fit the format that path's ending names."""
-    most = {"WEBP": 16383, "JPEG": 65500}.get(picture_format(path), 2**31 - 1)
-    if max(height, width) > most:
-        raise InputError(f"cannot write {path}: {width} x {height}, and {Path(path).suffix} has at most {most} pixels a side (use .png)")
-
-
-def write_image(path, array, **options):
-    """Write uint8 (H, W, 3) to path, in the format its ending names; whole or not at all. options go to Pillow. Raises InputError."""
-    image_format = picture_format(path)
-    if image_format is None:
-        raise InputError(f"cannot write {path}: the ending names no picture format (use .png, .jpg or .webp)")
-    check_fits(path, *array.shape[:2])
-    atomic_write(path, lambda tmp: Image.fromarray(array).save(tmp, format=image_format, **options))
-
-
-def to_float(x):
-    """uint8 to [-1, 1] float32, any shape."""
-    return x.float() / 127.5 - 1
-
-
-def is_picture(path):
-    """Whether path is a file that looks like a picture by its name, and not one of the system's hidden ones."""
-    return path.suffix.lower() in EXTENSIONS and path.is_file() and not path.name.startswith(".")
-
-
-def list_images(folder):
-    """Every picture below folder, sorted by path. Raises InputError if there is no folder or no picture in it."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}")
-    paths = sorted(p for p in folder.rglob("*") if is_picture(p))
-    if not paths:
-        raise InputError(f"no pictures in {folder} (looked for {' '.join(sorted(EXTENSIONS))})")
-    return paths
 
 
 def find_pictures(task, data_dir=None):
@@ -313,36 +232,6 @@ def uniform_times(seed, numbers):
     """
     offset = np.random.default_rng(seed).random()
     return ((numbers.double() * ((5**0.5 - 1) / 2) + offset) % 1).float().clamp(max=1 - 2**-24)
-
-
-# --- degradations ---
-
-
-def H(x, degradation, scale):
-    """Down-sampling: x (B, C, H, W) to (B, C, H/scale, W/scale). H and W are multiples of scale."""
-    if x.shape[-2] % scale or x.shape[-1] % scale:
-        raise ValueError(f"{x.shape[-2]} x {x.shape[-1]} is not a multiple of the scale {scale}")
-    if degradation == "avgpool":
-        return F.avg_pool2d(x, scale)
-    return F.interpolate(x, size=(x.shape[-2] // scale, x.shape[-1] // scale), mode="bicubic", antialias=True)
-
-
-def H_T(y, degradation, scale):
-    """Back to full size: y (B, C, h, w) to (B, C, h scale, w scale); pixel repetition for avgpool, else bicubic."""
-    if degradation == "avgpool":
-        return y.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
-    return F.interpolate(y, scale_factor=scale, mode="bicubic", antialias=True)
-
-
-def degrade(x_1, task, seeds):
-    """x_lr = H^T(H(x_1) + n): x_1 (B, 3, H, W) in [-1, 1] to the low-resolution picture at full size, kept in float.
-
-    n has standard deviation task.sigma_n and comes from stream 1 of seeds (B,) int64.
-    """
-    y = H(x_1, task.degradation, task.scale)
-    if task.sigma_n:
-        y = y + task.sigma_n * kernels.normal(seeds, y.shape, stream=1)
-    return H_T(y, task.degradation, task.scale)
 
 
 def measure_sigma_d(paths, task, seed, count=256):

@@ -33,9 +33,26 @@ from tqdm import tqdm
 
 import data
 import kernels
+from console import InputError, in_range
+from degradations import degrade, to_float
 from evaluate import load_lpips, validate
-from model import (EMA, InputError, UNet, count_macs, keep_freed_memory, learning_rate, load_checkpoint, load_model, make_optimizers, pick_device,
-                   pick_dtype, resume, rewind_log, save_checkpoint, save_release)
+from model import (
+    EMA,
+    UNet,
+    count_macs,
+    keep_freed_memory,
+    learning_rate,
+    load_checkpoint,
+    load_model,
+    make_optimizers,
+    pick_device,
+    pick_dtype,
+    resume,
+    rewind_log,
+    save_checkpoint,
+    save_release,
+)
+from pictures import write_image
 from sample import RK2_NODES, integrate, mean_slope, one_step
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
@@ -43,40 +60,40 @@ TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    number, whole = data.in_range(float, 0), data.in_range(int, 0)
+    number, whole = in_range(float, 0), in_range(int, 0)
     data.add_task_flags(p)
     p.add_argument("--teacher", help="stage-1 weights (default: the newest of this task under out/, else the shipped ones)")
     p.add_argument("--loss", dest="objective", choices=("oftsr", "boot", "pinn", "perceptual"), default="oftsr", help="Eq. (9), (16) or (15); or the truth as the flow sees it, for a finished student")
-    p.add_argument("--dt", type=data.in_range(float, 1e-4, 1), default=0.05, help="time step s - t")
+    p.add_argument("--dt", type=in_range(float, 1e-4, 1), default=0.05, help="time step s - t")
     p.add_argument("--solver", choices=("euler", *RK2_NODES), default="midpoint", help="of the teacher's step from t to s")
     p.add_argument("--lambda_align", type=number, default=0.01, help="weight of Eq. (10)")
     p.add_argument("--lambda_bc", type=number, default=0.1, help="weight of Eq. (11)")
-    p.add_argument("--t_min", type=data.in_range(float, -1, 1), default=0.01, help="t is uniform from here; below 0, a step begins at 0 and is shorter, so that s covers (0, dt) too")
-    p.add_argument("--t_max", type=data.in_range(float, 0, 1), default=0.99, help="to here; with 1 - dt, no step is cut short at 1")
-    p.add_argument("--look_min", type=data.in_range(float, 0, 1), default=0.6, help="--loss perceptual: the teacher looks at pictures at times uniform from here to 1")
+    p.add_argument("--t_min", type=in_range(float, -1, 1), default=0.01, help="t is uniform from here; below 0, a step begins at 0 and is shorter, so that s covers (0, dt) too")
+    p.add_argument("--t_max", type=in_range(float, 0, 1), default=0.99, help="to here; with 1 - dt, no step is cut short at 1")
+    p.add_argument("--look_min", type=in_range(float, 0, 1), default=0.6, help="--loss perceptual: the teacher looks at pictures at times uniform from here to 1")
     p.add_argument("--lambda_adv", type=number, default=0.015, help="--loss perceptual: weight of looking like a photograph to a critic")
     p.add_argument("--lambda_truth", type=number, default=4.0, help="--loss perceptual: weight of the least-squares end, t = 0, and of the straight dial from there")
     p.add_argument("--lambda_grid", type=number, default=10_000.0, help="--loss perceptual: weight of the grid of the network's patches on smooth areas")
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill; for --loss perceptual out/DATASET_perceptual)")
     p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
-    p.add_argument("--seed", type=data.in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips and noise")
-    p.add_argument("--batch_size", type=data.in_range(int, 1), default=32, help="pictures a step and process")
-    p.add_argument("--gradient_accumulation_steps", type=data.in_range(int, 1), default=1, help="batches summed before an update")
-    p.add_argument("--max_iters", type=data.in_range(int, 1), default=20_000, help="updates in all")
+    p.add_argument("--seed", type=in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips and noise")
+    p.add_argument("--batch_size", type=in_range(int, 1), default=32, help="pictures a step and process")
+    p.add_argument("--gradient_accumulation_steps", type=in_range(int, 1), default=1, help="batches summed before an update")
+    p.add_argument("--max_iters", type=in_range(int, 1), default=20_000, help="updates in all")
     p.add_argument("--optimizer", choices=("adam", "muon"), default="adam", help="adam, the paper's; or muon for the convolutions, adam for the rest")
     p.add_argument("--learning_rate", type=number, default=1e-4, help="after the warm-up")
     p.add_argument("--warmup_iters", type=whole, default=1000, help="updates over which the learning rate rises")
     p.add_argument("--lr_decay", choices=("none", "linear", "cosine"), default="none", help="how it falls to 0 at max_iters")
     p.add_argument("--grad_clip", type=number, default=1.0, help="largest gradient norm; 0 disables")
-    p.add_argument("--ema", type=data.in_range(float, 0, 1), default=0.9999, help="decay of the weights' moving average")
-    p.add_argument("--eval_interval", type=data.in_range(int, 1), default=1000, help="updates between validations, each of which saves")
-    p.add_argument("--eval_pictures", type=data.in_range(int, 1), default=16, help="validation pictures")
-    p.add_argument("--eval_steps", type=data.in_range(int, 1), default=4, help="midpoint steps of the teacher it is compared with")
-    p.add_argument("--log_interval", type=data.in_range(int, 1), default=50, help="updates between lines of log.jsonl")
+    p.add_argument("--ema", type=in_range(float, 0, 1), default=0.9999, help="decay of the weights' moving average")
+    p.add_argument("--eval_interval", type=in_range(int, 1), default=1000, help="updates between validations, each of which saves")
+    p.add_argument("--eval_pictures", type=in_range(int, 1), default=16, help="validation pictures")
+    p.add_argument("--eval_steps", type=in_range(int, 1), default=4, help="midpoint steps of the teacher it is compared with")
+    p.add_argument("--log_interval", type=in_range(int, 1), default=50, help="updates between lines of log.jsonl")
     p.add_argument("--always_save_checkpoint", action="store_true", help="keep ckpt_STEP.pt of every validation beside the newest")
     p.add_argument("--lpips_backbone", help="file of torchvision's AlexNet weights (default: torchvision's cache)")
-    p.add_argument("--num_workers", type=data.in_range(int, -1), default=-1, help="processes that read pictures; -1: 0 on a CPU, else up to 8")
+    p.add_argument("--num_workers", type=in_range(int, -1), default=-1, help="processes that read pictures; -1: 0 on a CPU, else up to 8")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
@@ -360,7 +377,7 @@ def main(argv=None):
                 ema.copy_to(ema_model)
                 scores, grid = validate(predict, val, task, lpips, device)
                 log(dict(step=step, **scores))
-                data.write_image(out_dir / f"val_{step:07d}.png", grid)
+                write_image(out_dir / f"val_{step:07d}.png", grid)
             if master:
                 save()
                 if args.always_save_checkpoint:
@@ -374,9 +391,9 @@ def main(argv=None):
                 group["lr"] = learning_rate(step, args)
         for micro in range(args.gradient_accumulation_steps):
             x_1, n = next(batches)
-            x_1 = data.to_float(x_1.to(device, non_blocking=True))
+            x_1 = to_float(x_1.to(device, non_blocking=True))
             seeds, t = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
-            x_lr = data.degrade(x_1, task, seeds)
+            x_lr = degrade(x_1, task, seeds)
             x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
             last = micro == args.gradient_accumulation_steps - 1
             with net.no_sync() if ddp and not last else nullcontext(), autocast():
@@ -439,4 +456,4 @@ if __name__ == "__main__":
     try:
         main()
     except (InputError, OSError) as e:  # one from a loader's process comes wrapped in its traceback
-        sys.exit(f"distill.py: {str(e).splitlines()[-1].removeprefix('model.InputError: ')}")
+        sys.exit(f"distill.py: {str(e).splitlines()[-1].removeprefix('console.InputError: ')}")

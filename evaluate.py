@@ -34,8 +34,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+from console import InputError, atomic_write, in_range
+from degradations import H_T, H, degrade, to_float
 from kernels import noise_augment, to_uint8
-from model import InputError, UNet, atomic_write, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
+from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
+from pictures import list_images, read_image, write_image
 from sample import SOLVERS, auto_tile, check_tile, dial, restore, tile_size
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -133,13 +136,13 @@ def load_lpips(backbone=None, device="cpu"):
 
 def measure(restored, truth, crop, lpips, device):
     """Every metric of one picture file against another: a dict of floats. Raises InputError that names what does not fit."""
-    a, b = (torch.from_numpy(data.read_image(p)).permute(2, 0, 1)[None] for p in (restored, truth))
+    a, b = (torch.from_numpy(read_image(p)).permute(2, 0, 1)[None] for p in (restored, truth))
     if a.shape != b.shape:
         raise InputError(f"{restored} is {a.shape[3]} x {a.shape[2]}, but {truth} is {b.shape[3]} x {b.shape[2]}")
     check_size(truth, *b.shape[2:], crop)
     scores = dict(psnr_rgb=psnr_rgb(a, b), psnr_y=psnr_y(a, b, crop), ssim_y=ssim_y(a, b, crop))
     if lpips:
-        scores["lpips"] = lpips(data.to_float(a).to(device), data.to_float(b).to(device))
+        scores["lpips"] = lpips(to_float(a).to(device), to_float(b).to(device))
     return {name: s.item() for name, s in scores.items()}
 
 
@@ -175,14 +178,14 @@ def validate(predict, x_1, task, lpips, device):
     """
     scores, rows = {}, []
     for i, picture in enumerate(x_1):
-        truth, seeds = data.to_float(picture[None]).to(device), torch.full((1,), i, device=device)
-        x_lr = data.degrade(truth, task, seeds)
+        truth, seeds = to_float(picture[None]).to(device), torch.full((1,), i, device=device)
+        x_lr = degrade(truth, task, seeds)
         results = {"lr": x_lr, **predict(noise_augment(x_lr, task.sigma_p, seeds))}
         shown = {name: to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
         for name, x in shown.items():
             scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
             if lpips and min(picture.shape[1:]) >= 32:  # AlexNet's pooling leaves nothing of less
-                scores.setdefault(f"lpips_{name}", []).append(lpips(data.to_float(x), truth).item())
+                scores.setdefault(f"lpips_{name}", []).append(lpips(to_float(x), truth).item())
         if i < 4:
             rows.append(torch.cat([x[0].cpu() for x in shown.values()] + [picture], dim=2))
     return {k: statistics.fmean(v) for k, v in scores.items()}, torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
@@ -204,7 +207,7 @@ def by_stem(paths, folder):
 
 def find_pairs(restored, truth):
     """The pictures of two folders, paired by stem: [(stem, path, path)]. Raises InputError that names one without a partner."""
-    a, b = (by_stem(data.list_images(folder), folder) for folder in (restored, truth))
+    a, b = (by_stem(list_images(folder), folder) for folder in (restored, truth))
     for here, there, folder in ((a, b, truth), (b, a, restored)):
         alone = [stem for stem in here if stem not in there]
         if alone:
@@ -225,7 +228,7 @@ def find_truth(task, data_dir, count):
 
 def load_truth(path, task):
     """A true picture, (H, W, 3) uint8: the task's centre crop, or the whole picture less what exceeds a multiple of the scale."""
-    image = data.read_image(path)
+    image = read_image(path)
     if task.crop == "center":
         image = np.asarray(data.center_crop(Image.fromarray(image), task.image_size))
     height, width = (n - n % task.scale for n in image.shape[:2])
@@ -237,7 +240,7 @@ def bicubic(x_lr, task):
     """The row that betrays a wrong protocol: bicubic enlargement, (B, 3, H, W). For the task bicubic x_lr is that already."""
     if task.degradation == "bicubic":
         return x_lr
-    return data.H_T(data.H(x_lr, task.degradation, task.scale), "bicubic", task.scale)  # H undoes the repetition exactly
+    return H_T(H(x_lr, task.degradation, task.scale), "bicubic", task.scale)  # H undoes the repetition exactly
 
 
 # --- what to measure ---
@@ -342,10 +345,10 @@ def run_row(row, truth, task, seeds, out_dir, lpips, device, dtype, tile, tile_p
     records = []
     for seed in seeds:
         for stem, path in truth.items():
-            x_1 = data.to_float(torch.from_numpy(data.read_image(path)).permute(2, 0, 1)[None])
+            x_1 = to_float(torch.from_numpy(read_image(path)).permute(2, 0, 1)[None])
             number = int.from_bytes(hashlib.sha256(os.fsencode(path.stem)).digest()[:4], "little")
             stream = data.image_seeds(seed, torch.tensor([number]))
-            x_lr = data.degrade(x_1, task, stream)
+            x_lr = degrade(x_1, task, stream)
             if row.network is None:
                 x, nfe, seconds = bicubic(x_lr, task), 0, None
             else:
@@ -356,7 +359,7 @@ def run_row(row, truth, task, seeds, out_dir, lpips, device, dtype, tile, tile_p
             if not x.isfinite().all():
                 raise InputError(f"{row.name} gave a value that is not finite for {stem} with seed {seed}")
             png = out_dir / row.name / f"seed{seed}" / f"{stem}.png"
-            data.write_image(png, to_uint8(x)[0].numpy())
+            write_image(png, to_uint8(x)[0].numpy())
             records.append(dict(seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, task.scale, lpips, device)))
     if len(records) > 1:
         records[0]["seconds"] = None  # it warmed the machine up
@@ -417,7 +420,7 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     data.add_task_flags(p)
     p.set_defaults(dataset=None)  # so that a checkpoint's own task is known from one that was asked for
-    whole, positive = data.in_range(int, 0), data.in_range(int, 1)
+    whole, positive = in_range(int, 0), in_range(int, 1)
     p.add_argument("--ckpt", nargs="+", metavar="FILE", help="students and flows to measure (default: those in weights/)")
     p.add_argument("--data_dir", help="folder of true pictures: its val/, else those of the task's list, else all (default: data/DATASET)")
     p.add_argument("--pairs", nargs=2, metavar=("RESTORED", "TRUE"), help="measure a folder of pictures against another instead")
@@ -426,8 +429,8 @@ def parse_args(argv):
     p.add_argument("--t", type=dial, help="where to set the dial (default: 0,0.25,0.5,0.75,1 for a student; 1, the whole path, for a flow)")
     p.add_argument("--solver", type=solvers, help=f"of a flow, one or several of {','.join(SOLVERS)} (default: midpoint)")
     p.add_argument("--steps", type=lambda text: [positive(x) for x in text.split(",")], help="of a flow's solver (default: one of euler, then 1,2,4,8)")
-    p.add_argument("--rtol", type=data.in_range(float, 1e-6), default=1e-3, help="relative tolerance of rk45")
-    p.add_argument("--atol", type=data.in_range(float, 1e-6), default=1e-3, help="absolute tolerance of rk45")
+    p.add_argument("--rtol", type=in_range(float, 1e-6), default=1e-3, help="relative tolerance of rk45")
+    p.add_argument("--atol", type=in_range(float, 1e-6), default=1e-3, help="absolute tolerance of rk45")
     p.add_argument("--stage", choices=("flow", "distill"), help="what a checkpoint is, for a published file, which does not say")
     p.add_argument("--out_dir", default="out/eval", help="where the measured PNGs go (default: out/eval)")
     p.add_argument("--json", metavar="FILE", help="write the table there too")
@@ -536,7 +539,7 @@ def main(argv=None):
     truth = {}
     for stem in sorted(sources)[rank::world]:
         truth[stem] = out_dir / "hr" / f"{stem}.png"
-        data.write_image(truth[stem], load_truth(sources[stem], task))
+        write_image(truth[stem], load_truth(sources[stem], task))
     results = []
     for row in rows:
         seeds = range(args.seeds) if row.network or task.sigma_n else [0]  # without noise, bicubic has no seed

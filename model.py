@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from console import InputError, atomic_write
 from kernels import conv3x3, group_norm_silu
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
@@ -32,10 +33,6 @@ PRESETS = {
     "ffhq": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(16,), out_channels=6),
     "imagenet": dict(channels=256, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), out_channels=6),
 }
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line that says what, and what would be right."""
 
 
 def network_config(preset, condition=True, sigma_p=None, sigma_d=None):
@@ -338,7 +335,8 @@ def resume(path, stage, task, args):
     checkpoint = load_checkpoint(path)
     if checkpoint.get("stage") != stage:
         raise InputError(f"{path} is not a checkpoint of this script (its stage is {checkpoint.get('stage')}, not {stage})")
-    if changed := [f"{k} {checkpoint['task'].get(k)}, not {v}" for k, v in task.items() if checkpoint["task"].get(k) != v]:
+    before = {k: type(v)() for k, v in task.items()} | checkpoint["task"]  # a cell that there was not yet was off
+    if changed := [f"{k} {before[k]}, not {v}" for k, v in task.items() if before[k] != v]:
         raise InputError(f"{path} was trained with {'; '.join(changed)}: to resume, give the same")
     if (before := checkpoint["args"].get("optimizer")) != args["optimizer"]:
         raise InputError(f"{path} was trained with --optimizer {before}: to resume, give the same")
@@ -433,26 +431,6 @@ class EMA:
 
 
 # --- files ---
-
-
-def atomic_write(path, write):
-    """write(temporary path), then rename: whoever reads `path`, at whatever moment, finds a whole file, old or new.
-
-    Raises InputError where the system refuses: no permission, a full disk, a file where a folder should be.
-    """
-    path = Path(path)
-    tmp = path.with_name(f".{path.name}.tmp")  # always the same name: what a killed process left is overwritten
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(tmp)
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:  # RuntimeError: torch.save's, when the disk is full
-        raise InputError(f"cannot write {path}: {e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]}") from e
-    finally:
-        if tmp.parent.is_dir():
-            tmp.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, checkpoint):

@@ -31,9 +31,12 @@ import torch.distributed as dist
 from PIL import Image, PngImagePlugin
 
 import data
+from console import InputError, in_range
+from degradations import H_T, to_float
 from kernels import dopri5_error, dopri5_stage_, euler_step_, extension_devices, noise_augment, rk2_stage_, to_uint8
 from kernels.reference import DOPRI5_C
-from model import PRESETS, InputError, keep_freed_memory, load_model, pick_device, pick_dtype
+from model import PRESETS, keep_freed_memory, load_model, pick_device, pick_dtype
+from pictures import check_fits, is_picture, list_images, picture_format, read_image, rgb_array, write_image
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
 RK2_NODES = {"midpoint": 1 / 2, "ralston": 2 / 3, "heun": 1.0}
@@ -249,7 +252,7 @@ def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile=
     if t is not None and not 0 <= t <= 1:
         raise InputError(f"t goes from 0 (fidelity) to 1 (realism), not {t}")
     ts, solver = choose(stage, task, None if t is None else [t], solver, steps)
-    array = data.rgb_array(image) if isinstance(image, Image.Image) else np.array(image)
+    array = rgb_array(image) if isinstance(image, Image.Image) else np.array(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise InputError(f"an array should be uint8 (H, W, 3), not {array.dtype} {array.shape}")
     dtype = pick_dtype(dtype, pick_device(device))
@@ -259,8 +262,8 @@ def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile=
 
 def upscale_array(net, task, array, ts, seed, dtype, tile="auto", **how):
     """uint8 (h, w, 3) restored at each t of ts: [(uint8 (h scale, w scale, 3), evaluations)], all from the same x_0."""
-    y = data.to_float(torch.from_numpy(array)).permute(2, 0, 1)[None]
-    x_lr = data.H_T(y, task.degradation, task.scale)
+    y = to_float(torch.from_numpy(array)).permute(2, 0, 1)[None]
+    x_lr = H_T(y, task.degradation, task.scale)
     tile = auto_tile(*x_lr.shape[2:]) if tile == "auto" else tile
     results = []
     for t in ts:
@@ -282,19 +285,19 @@ def parse_args(argv):
     p.add_argument("-r", "--recursive", action="store_true", help="look into folders below folders, and mirror them")
     p.add_argument("--t", type=dial, help="0 fidelity to 1 realism, one number or a sweep as 0,0.5,1 (default: 0.5; of a stage-1 flow 1)")
     p.add_argument("--solver", choices=SOLVERS, help="integrate a stage-1 flow instead (default for a stage-1 checkpoint: midpoint)")
-    p.add_argument("--steps", type=data.in_range(int, 1), help=f"steps of the solver (default: {STEPS})")
-    p.add_argument("--rtol", type=data.in_range(float, 1e-6), help="relative tolerance of rk45 (default: 1e-3)")
-    p.add_argument("--atol", type=data.in_range(float, 1e-6), help="absolute tolerance of rk45 (default: 1e-3)")
+    p.add_argument("--steps", type=in_range(int, 1), help=f"steps of the solver (default: {STEPS})")
+    p.add_argument("--rtol", type=in_range(float, 1e-6), help="relative tolerance of rk45 (default: 1e-3)")
+    p.add_argument("--atol", type=in_range(float, 1e-6), help="absolute tolerance of rk45 (default: 1e-3)")
     p.add_argument("--ckpt", help="weights: a ckpt.pt, a .safetensors or a published file (default: the shipped student)")
     p.add_argument("--model", choices=PRESETS, help="network preset, for a published file, which does not say")
     p.add_argument("--dataset", choices=data.TASKS, help="task, for a file that does not say (default: photos)")
-    p.add_argument("-s", "--outscale", type=data.in_range(float, 0.1, 64), help="final enlargement, by resampling (default: the network's)")
-    p.add_argument("--seed", type=data.in_range(int, 0, 2**63 - 1), default=0, help="of the noise in x_0, the same for every picture")
+    p.add_argument("-s", "--outscale", type=in_range(float, 0.1, 64), help="final enlargement, by resampling (default: the network's)")
+    p.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the noise in x_0, the same for every picture")
     p.add_argument("--tile", type=tile_size, default="auto", help="side of the tiles in output pixels; 0: never tile (default: auto)")
-    p.add_argument("--tile_pad", type=data.in_range(int, 1), default=32, help="half the width over which tiles blend")
+    p.add_argument("--tile_pad", type=in_range(int, 1), default=32, help="half the width over which tiles blend")
     p.add_argument("--suffix", help="put after each name (default: the enlargement, as _x4)")
     p.add_argument("--ext", choices=("auto", "png", "jpg", "webp"), default="auto", help="format; auto: the input's, png if it is none of these")
-    p.add_argument("--quality", type=data.in_range(int, 1, 100), default=95, help="of jpg and webp")
+    p.add_argument("--quality", type=in_range(int, 1, 100), default=95, help="of jpg and webp")
     p.add_argument("--strip", action="store_true", help="also write the input (repeated pixels) and all results side by side, ..._strip.png")
     p.add_argument("--skip_existing", action="store_true", help="leave alone what is already written")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -317,7 +320,7 @@ def dial(text):
 
 
 def tile_size(text):
-    return "auto" if text == "auto" else data.in_range(int, 0)(text)
+    return "auto" if text == "auto" else in_range(int, 0)(text)
 
 
 def find_inputs(inputs, recursive):
@@ -326,7 +329,7 @@ def find_inputs(inputs, recursive):
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            files = data.list_images(path) if recursive else [p for p in sorted(path.iterdir()) if data.is_picture(p)]
+            files = list_images(path) if recursive else [p for p in sorted(path.iterdir()) if is_picture(p)]
             if not files:
                 raise InputError(f"no pictures in {path} itself (-r looks into its folders too)")
             found += [(p, p.relative_to(path)) for p in files]
@@ -344,7 +347,7 @@ def plan_outputs(pictures, args, ts):
 
     Raises InputError where two of them, or one and an input, would meet.
     """
-    to_file = data.picture_format(args.output) is not None and not Path(args.output).is_dir()
+    to_file = picture_format(args.output) is not None and not Path(args.output).is_dir()
     if to_file and len(pictures) > 1:
         raise InputError(f"{len(pictures)} pictures do not fit in one file: -o {args.output} should name a folder")
     if to_file and args.ext != "auto":
@@ -368,9 +371,9 @@ def save(path, array, args, note):
     if path.suffix.lower() == ".png":
         text = PngImagePlugin.PngInfo()
         text.add_text("oftsr", json.dumps(note))
-        data.write_image(path, array, pnginfo=text)
+        write_image(path, array, pnginfo=text)
     else:
-        data.write_image(path, array, quality=args.quality)
+        write_image(path, array, quality=args.quality)
 
 
 def main(argv=None):
@@ -409,15 +412,15 @@ def main(argv=None):
         todo = [(t, out) for t, out in zip(ts, outs, strict=False) if not (args.skip_existing and out.exists())]
         try:
             start = time.time()
-            array = data.read_image(path)
+            array = read_image(path)
             size = [max(1, round(side * (args.outscale or task.scale))) for side in array.shape[:2]]
             for out in outs:
-                data.check_fits(out, size[0], size[1] * (len(ts) + 1 if args.strip and out is outs[-1] else 1))
+                check_fits(out, size[0], size[1] * (len(ts) + 1 if args.strip and out is outs[-1] else 1))
             results = upscale_array(net, task, array, [t for t, _ in todo], args.seed, dtype, **how)
             seconds = (time.time() - start) / max(1, len(todo))
             bigs = [np.asarray(Image.fromarray(big).resize(size[::-1], Image.LANCZOS)) if args.outscale else big for big, _ in results]
             if args.strip and len(todo) == len(ts):
-                data.write_image(outs[-1], np.hstack([np.asarray(Image.fromarray(array).resize(size[::-1], Image.NEAREST)), *bigs]))
+                write_image(outs[-1], np.hstack([np.asarray(Image.fromarray(array).resize(size[::-1], Image.NEAREST)), *bigs]))
             for (t, out), (_, nfe), big in zip(todo, results, bigs, strict=True):
                 save(out, big, args, {**note, "t": t, **(dict(solver=solver, nfe=nfe) if solver else {})})
                 print(f"{path} {array.shape[1]}x{array.shape[0]} -> {out} {big.shape[1]}x{big.shape[0]}, "

@@ -29,38 +29,56 @@ from tqdm import tqdm
 
 import data
 import kernels
+from console import InputError, in_range
+from degradations import degrade, to_float
 from evaluate import load_lpips, validate
-from model import (EMA, PRESETS, InputError, UNet, count_macs, keep_freed_memory, learning_rate, load_model, make_optimizers, network_config,
-                   pick_device, pick_dtype, resume, rewind_log, save_checkpoint, save_release)
+from model import (
+    EMA,
+    PRESETS,
+    UNet,
+    count_macs,
+    keep_freed_memory,
+    learning_rate,
+    load_model,
+    make_optimizers,
+    network_config,
+    pick_device,
+    pick_dtype,
+    resume,
+    rewind_log,
+    save_checkpoint,
+    save_release,
+)
+from pictures import write_image
 from sample import integrate, one_step
 
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    number, whole = data.in_range(float, 0), data.in_range(int, 0)
+    number, whole = in_range(float, 0), in_range(int, 0)
     data.add_task_flags(p)
     p.add_argument("--loss", choices=("l1", "l2"), help="D of Eq. (5) (default: the task's)")
-    p.add_argument("--t0_share", type=data.in_range(float, 0, 0.99), default=0, help="share of the pictures trained at t = 0 alone, where the most faithful picture comes from")
+    p.add_argument("--t0_share", type=in_range(float, 0, 0.99), default=0, help="share of the pictures trained at t = 0 alone, where the most faithful picture comes from")
     p.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
     p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
-    p.add_argument("--seed", type=data.in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips, noise and initial weights")
-    p.add_argument("--batch_size", type=data.in_range(int, 1), default=32, help="pictures a step and process")
-    p.add_argument("--gradient_accumulation_steps", type=data.in_range(int, 1), default=1, help="batches summed before an update")
-    p.add_argument("--max_iters", type=data.in_range(int, 1), default=100_000, help="updates in all")
+    p.add_argument("--seed", type=in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips, noise and initial weights")
+    p.add_argument("--batch_size", type=in_range(int, 1), default=32, help="pictures a step and process")
+    p.add_argument("--gradient_accumulation_steps", type=in_range(int, 1), default=1, help="batches summed before an update")
+    p.add_argument("--max_iters", type=in_range(int, 1), default=100_000, help="updates in all")
     p.add_argument("--optimizer", choices=("adam", "muon"), default="adam", help="adam, the paper's; or muon for the convolutions, adam for the rest")
     p.add_argument("--learning_rate", type=number, default=1e-4, help="after the warm-up")
     p.add_argument("--warmup_iters", type=whole, default=1000, help="updates over which the learning rate rises")
     p.add_argument("--lr_decay", choices=("none", "linear", "cosine"), default="none", help="how it falls to 0 at max_iters")
     p.add_argument("--grad_clip", type=number, default=1.0, help="largest gradient norm; 0 disables")
-    p.add_argument("--ema", type=data.in_range(float, 0, 1), default=0.9999, help="decay of the weights' moving average")
-    p.add_argument("--eval_interval", type=data.in_range(int, 1), default=1000, help="updates between validations, each of which saves")
-    p.add_argument("--eval_pictures", type=data.in_range(int, 1), default=16, help="validation pictures")
-    p.add_argument("--eval_steps", type=data.in_range(int, 1), default=4, help="midpoint steps of the few-step prediction")
-    p.add_argument("--log_interval", type=data.in_range(int, 1), default=50, help="updates between lines of log.jsonl")
+    p.add_argument("--ema", type=in_range(float, 0, 1), default=0.9999, help="decay of the weights' moving average")
+    p.add_argument("--eval_interval", type=in_range(int, 1), default=1000, help="updates between validations, each of which saves")
+    p.add_argument("--eval_pictures", type=in_range(int, 1), default=16, help="validation pictures")
+    p.add_argument("--eval_steps", type=in_range(int, 1), default=4, help="midpoint steps of the few-step prediction")
+    p.add_argument("--log_interval", type=in_range(int, 1), default=50, help="updates between lines of log.jsonl")
     p.add_argument("--always_save_checkpoint", action="store_true", help="keep ckpt_STEP.pt of every validation beside the newest")
     p.add_argument("--lpips_backbone", help="file of torchvision's AlexNet weights (default: torchvision's cache)")
-    p.add_argument("--num_workers", type=data.in_range(int, -1), default=-1, help="processes that read pictures; -1: 0 on a CPU, else up to 8")
+    p.add_argument("--num_workers", type=in_range(int, -1), default=-1, help="processes that read pictures; -1: 0 on a CPU, else up to 8")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
@@ -191,7 +209,7 @@ def main(argv=None):
                 ema.copy_to(ema_model)
                 scores, grid = validate(predict, val, task, lpips, device)
                 log(dict(step=step, **scores))
-                data.write_image(out_dir / f"val_{step:07d}.png", grid)
+                write_image(out_dir / f"val_{step:07d}.png", grid)
             if master:
                 save()
                 if args.always_save_checkpoint:
@@ -205,10 +223,10 @@ def main(argv=None):
                 group["lr"] = learning_rate(step, args)
         for micro in range(args.gradient_accumulation_steps):
             x_1, n = next(batches)
-            x_1 = data.to_float(x_1.to(device, non_blocking=True))
+            x_1 = to_float(x_1.to(device, non_blocking=True))
             seeds, t = data.image_seeds(args.seed, n).to(device), data.uniform_times(args.seed, n).to(device)
             t = ((t - args.t0_share) / (1 - args.t0_share)).clamp(min=0)
-            x_in, target = kernels.flow_training_pair(x_1, data.degrade(x_1, task, seeds), t, task.sigma_p, seeds)
+            x_in, target = kernels.flow_training_pair(x_1, degrade(x_1, task, seeds), t, task.sigma_p, seeds)
             last = micro == args.gradient_accumulation_steps - 1
             with net.no_sync() if ddp and not last else nullcontext(), autocast():
                 losses = flow_loss(net, x_in, target, t, task.loss)
@@ -259,4 +277,4 @@ if __name__ == "__main__":
     try:
         main()
     except (InputError, OSError) as e:  # one from a loader's process comes wrapped in its traceback
-        sys.exit(f"train_flow.py: {str(e).splitlines()[-1].removeprefix('model.InputError: ')}")
+        sys.exit(f"train_flow.py: {str(e).splitlines()[-1].removeprefix('console.InputError: ')}")

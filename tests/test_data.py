@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 
 import data
-from model import InputError
+import kernels
+from console import InputError
+from degradations import H_T, H, degrade, to_float
+from pictures import list_images, read_image, write_image
 
 
 def picture(height=40, width=56, seed=0):
@@ -84,32 +87,32 @@ def test_read_image_kinds(tmp_path):
     rgb = picture()
     path = tmp_path / "a.png"
     Image.fromarray(rgb).save(path)
-    assert np.array_equal(data.read_image(path), rgb)
+    assert np.array_equal(read_image(path), rgb)
     gray = rgb[..., 0]
     Image.fromarray(gray).save(path)
-    assert np.array_equal(data.read_image(path), np.stack([gray] * 3, axis=-1))
+    assert np.array_equal(read_image(path), np.stack([gray] * 3, axis=-1))
     Image.fromarray(gray.astype(np.uint16) * 257).save(path)
-    assert np.array_equal(data.read_image(path), np.stack([gray] * 3, axis=-1))
+    assert np.array_equal(read_image(path), np.stack([gray] * 3, axis=-1))
     alpha = np.full_like(gray, 255)
     alpha[:, :20] = 0  # transparent: white, whatever colour lies below
     Image.fromarray(np.dstack([rgb, alpha])).save(path)
-    out = data.read_image(path)
+    out = read_image(path)
     assert (out[:, :20] == 255).all() and np.array_equal(out[:, 20:], rgb[:, 20:])
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(InputError, match="float.tif cannot be read .* 8 or 16 bits"):
-        data.read_image(tmp_path / "float.tif")
+        read_image(tmp_path / "float.tif")
     exif = Image.Exif()
     exif[274] = 6  # the camera was held upright: turn a quarter clockwise
     Image.fromarray(rgb).save(path, exif=exif)
-    assert np.array_equal(data.read_image(path), np.rot90(rgb, -1))
+    assert np.array_equal(read_image(path), np.rot90(rgb, -1))
 
 
 def test_broken_pictures(folder, capsys):
-    train = data.list_images(folder)
+    train = list_images(folder)
     whole = train[3].read_bytes()
     train[3].write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=train[3].name):
-        data.read_image(train[3])
+        read_image(train[3])
     task = data.replace(data.TASKS["photos"], image_size=32)
     with pytest.raises(InputError, match="1 of 20 training pictures"):
         data.Pictures(train, task, 0)[3, 0]  # 5 % are broken
@@ -122,9 +125,9 @@ def test_broken_pictures(folder, capsys):
 
 def test_write_image_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(InputError, match="no picture format"):
-        data.write_image(tmp_path / "a.xyz", picture())
+        write_image(tmp_path / "a.xyz", picture())
     with pytest.raises(TypeError):
-        data.write_image(tmp_path / "a.png", picture().astype(np.float64))
+        write_image(tmp_path / "a.png", picture().astype(np.float64))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -132,9 +135,9 @@ def test_write_image_names_the_formats_limit(tmp_path):
     for ending, side in (("webp", 16383), ("jpg", 65500)):
         path = tmp_path / f"x.{ending}"
         with pytest.raises(InputError, match=f"at most {side} pixels"):
-            data.write_image(path, np.zeros((1, side + 1, 3), np.uint8))
+            write_image(path, np.zeros((1, side + 1, 3), np.uint8))
         assert not list(tmp_path.iterdir())
-        data.write_image(path, np.zeros((1, side, 3), np.uint8))
+        write_image(path, np.zeros((1, side, 3), np.uint8))
         path.unlink()
 
 
@@ -144,7 +147,7 @@ def test_validation_pictures_fit_the_scale_and_the_network(scale, size, expected
     task = data.replace(data.TASKS["photos"], scale=scale, image_size=size)
     x = data.validation_pictures([tmp_path / "a.png"], task, 1)
     assert x.shape == (1, 3, expected, expected)
-    assert data.degrade(data.to_float(x), task, torch.tensor([0])).shape == x.shape
+    assert degrade(to_float(x), task, torch.tensor([0])).shape == x.shape
 
 
 def test_order_is_permutations_shared_by_the_processes():
@@ -161,12 +164,12 @@ def test_order_is_permutations_shared_by_the_processes():
 
 def test_crops_and_flips_depend_on_seed_and_number_only(folder):
     task = data.replace(data.TASKS["photos"], image_size=16)
-    paths = data.list_images(folder)
+    paths = list_images(folder)
     a, b = (data.Pictures(paths, task, seed=5)[2, 11][0] for _ in range(2))
     assert torch.equal(a, b)
     assert not torch.equal(a, data.Pictures(paths, task, seed=5)[2, 12][0])
     assert not torch.equal(a, data.Pictures(paths, task, seed=6)[2, 11][0])
-    source = data.read_image(paths[2])
+    source = read_image(paths[2])
     crops = {source[y : y + 16, x : x + 16][:, ::f].tobytes() for y in range(25) for x in range(41) for f in (1, -1)}
     still = data.Pictures(paths, data.replace(task, vflip=0.0), seed=5)
     assert all(still[2, n][0].numpy().transpose(1, 2, 0).tobytes() in crops for n in range(20))
@@ -174,8 +177,8 @@ def test_crops_and_flips_depend_on_seed_and_number_only(folder):
 
 def test_flip_rates(folder):
     task = data.replace(data.TASKS["ffhq"], image_size=8)
-    paths = data.list_images(folder)[:1]
-    plain = torch.from_numpy(np.asarray(data.center_crop(Image.fromarray(data.read_image(paths[0])), 8)).copy()).permute(2, 0, 1)
+    paths = list_images(folder)[:1]
+    plain = torch.from_numpy(np.asarray(data.center_crop(Image.fromarray(read_image(paths[0])), 8)).copy()).permute(2, 0, 1)
     counts = dict.fromkeys([(h, v) for h in (0, 1) for v in (0, 1)], 0)
     pictures, N = data.Pictures(paths, task, 0), 600
     for n in range(N):
@@ -195,34 +198,34 @@ def test_center_crop_takes_the_middle():
 @pytest.mark.parametrize("scale", [2, 3, 4, 8])
 def test_degradations_keep_constants_and_sizes(degradation, scale):
     x = torch.full((2, 3, 4 * scale, 6 * scale), 0.25)
-    y = data.H(x, degradation, scale)
+    y = H(x, degradation, scale)
     assert y.shape == (2, 3, 4, 6) and torch.allclose(y, torch.full_like(y, 0.25), atol=1e-6)
-    assert torch.allclose(data.H_T(y, degradation, scale), x, atol=1e-6)
+    assert torch.allclose(H_T(y, degradation, scale), x, atol=1e-6)
     with pytest.raises(ValueError, match="not a multiple"):
-        data.H(x[..., 1:], degradation, scale)
+        H(x[..., 1:], degradation, scale)
 
 
 def test_avgpool_is_the_mean_and_its_transpose_repeats():
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    y = data.H(x, "avgpool", 2)
+    y = H(x, "avgpool", 2)
     assert y.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
-    assert data.H_T(y, "avgpool", 2)[0, 0].tolist() == [[2.5, 2.5, 4.5, 4.5]] * 2 + [[10.5, 10.5, 12.5, 12.5]] * 2
+    assert H_T(y, "avgpool", 2)[0, 0].tolist() == [[2.5, 2.5, 4.5, 4.5]] * 2 + [[10.5, 10.5, 12.5, 12.5]] * 2
 
 
 def test_bicubic_is_pillows():
     """An independent antialiased bicubic: Pillow's on float pictures."""
     x = picture(32, 48)[..., 0].astype(np.float32)
-    ours = data.H(torch.from_numpy(x)[None, None], "bicubic", 4)[0, 0].numpy()
+    ours = H(torch.from_numpy(x)[None, None], "bicubic", 4)[0, 0].numpy()
     assert np.abs(ours - np.asarray(Image.fromarray(x).resize((12, 8), Image.BICUBIC))).max() < 1e-2  # of 255
 
 
 def test_measurement_noise_has_its_size_and_its_own_stream():
     task, seeds = data.TASKS["ffhq_noisy"], torch.arange(8)
-    x_lr = data.degrade(torch.zeros(8, 3, 128, 128), task, seeds)
+    x_lr = degrade(torch.zeros(8, 3, 128, 128), task, seeds)
     noise = x_lr[..., ::4, ::4] / task.sigma_n
-    assert torch.equal(x_lr, data.H_T(x_lr[..., ::4, ::4], "avgpool", 4))
+    assert torch.equal(x_lr, H_T(x_lr[..., ::4, ::4], "avgpool", 4))
     assert abs(noise.std() - 1) < 4 / noise.numel() ** 0.5 and abs(noise.mean()) < 4 / noise.numel() ** 0.5
-    eps = data.kernels.normal(seeds, noise.shape)
+    eps = kernels.normal(seeds, noise.shape)
     assert abs((noise * eps).mean()) < 4 / noise.numel() ** 0.5  # independent of the noise of x_0
 
 
@@ -233,7 +236,7 @@ def test_image_seeds_differ_by_run_and_picture():
 
 def test_sigma_d_is_the_deviation_of_the_residual(folder):
     task = data.replace(data.TASKS["photos"], image_size=32)
-    measured = data.measure_sigma_d(data.list_images(folder), task, seed=0, count=64)
+    measured = data.measure_sigma_d(list_images(folder), task, seed=0, count=64)
     assert 0.4 < measured < 0.65  # uniform bytes have deviation .577 on [-1, 1], nearly all of which bicubic loses
 
 

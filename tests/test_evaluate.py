@@ -15,8 +15,11 @@ from PIL import Image
 
 import data
 import evaluate
+from console import InputError
+from degradations import degrade, to_float
 from kernels import to_uint8
-from model import InputError, UNet, network_config, save_release
+from model import UNet, network_config, save_release
+from pictures import read_image, write_image
 
 ROOT = Path(evaluate.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "lpips"  # the LPIPS project's example
@@ -113,7 +116,7 @@ def test_ssim_of_a_picture_with_itself_is_1_and_too_small_a_one_is_refused():
 @needs_alex
 def test_lpips_gives_the_published_distances():
     lpips = evaluate.load_lpips()
-    ref, p0, p1 = (data.to_float(batch(data.read_image(GOLDEN / f"ex_{name}.png"))) for name in ("ref", "p0", "p1"))
+    ref, p0, p1 = (to_float(batch(read_image(GOLDEN / f"ex_{name}.png"))) for name in ("ref", "p0", "p1"))
     assert lpips(torch.cat([ref, ref]), torch.cat([p0, p1])).tolist() == pytest.approx([0.7219, 0.1376], abs=1e-3)
     assert lpips(ref, ref).item() == 0
 
@@ -142,7 +145,7 @@ def test_a_wrong_alexnet_is_named(tmp_path, content, words):
 
 def write(folder, **pictures):
     for name, x in pictures.items():
-        data.write_image(folder / name.replace("__", "/").replace("_png", ".png").replace("_bmp", ".bmp"), x)
+        write_image(folder / name.replace("__", "/").replace("_png", ".png").replace("_bmp", ".bmp"), x)
     return folder
 
 
@@ -261,10 +264,10 @@ def test_the_numbers_are_those_of_the_saved_pictures(table, files):
 
 
 def test_bicubic_is_down_and_up_again(table, files):
-    x = data.to_float(batch(data.read_image(files / "photos/val/a.png")[:40, :48]))
+    x = to_float(batch(read_image(files / "photos/val/a.png")[:40, :48]))
     y = torch.nn.functional.interpolate(torch.nn.functional.interpolate(x, (10, 12), mode="bicubic", antialias=True), (40, 48), mode="bicubic", antialias=True)
     expected = (y[0].clamp(-1, 1) * 127.5 + 127.5).round().permute(1, 2, 0).numpy()
-    assert np.abs(data.read_image(table[2] / "bicubic/seed0/val/a.png") - expected).max() <= 1  # a value halfway may round either way
+    assert np.abs(read_image(table[2] / "bicubic/seed0/val/a.png") - expected).max() <= 1  # a value halfway may round either way
 
 
 def test_noise_and_pixels_do_not_depend_on_the_other_pictures_nor_on_processes(table, files, tmp_path, monkeypatch):
@@ -272,9 +275,9 @@ def test_noise_and_pixels_do_not_depend_on_the_other_pictures_nor_on_processes(t
     run(monkeypatch, "--ckpt", files / "student.safetensors", "--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out",
         "--t", "1", "--seeds", "2", "--dtype", "float32", "--device", "cpu")
     for seed in (0, 1):
-        there, here = (data.read_image(folder / f"student_t1/seed{seed}" / name) for folder, name in ((table[2], "val/a.png"), (tmp_path / "out", "a.png")))
+        there, here = (read_image(folder / f"student_t1/seed{seed}" / name) for folder, name in ((table[2], "val/a.png"), (tmp_path / "out", "a.png")))
         assert np.abs(there.astype(int) - here).max() <= 1  # convolutions on more threads may sum in another order
-    assert (there != data.read_image(tmp_path / "out/student_t1/seed0/a.png")).mean() > 0.1
+    assert (there != read_image(tmp_path / "out/student_t1/seed0/a.png")).mean() > 0.1
 
 
 def test_noisy_task_gives_bicubic_a_spread_and_a_picture_without_error_is_infinite(tmp_path, monkeypatch, capsys):
@@ -292,7 +295,7 @@ def test_noisy_task_gives_bicubic_a_spread_and_a_picture_without_error_is_infini
 
 
 def test_bicubic_of_a_pooled_picture_starts_from_its_pixels():
-    x = data.to_float(batch(smooth(10, 40, 48)))
+    x = to_float(batch(smooth(10, 40, 48)))
     task = data.TASKS["ffhq_noisy"]
     low = torch.nn.functional.avg_pool2d(x, 4)
     x_lr = low.repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -382,7 +385,7 @@ def test_a_bad_flag_is_refused_by_name(flags, words, capsys):
 
 @needs_alex
 def test_lpips_takes_the_smallest_picture_that_is_let_through():
-    a, b = (data.to_float(batch(smooth(seed, 32, 32))) for seed in (1, 2))
+    a, b = (to_float(batch(smooth(seed, 32, 32))) for seed in (1, 2))
     assert 0 < evaluate.load_lpips()(a, b).item() < 2
     with pytest.raises(InputError, match="at least 32"):
         evaluate.check_size("a.png", 31, 40, 4)
@@ -402,7 +405,7 @@ def test_validation_during_training_scores_what_predict_makes():
         x_in[:, :3] = 0  # its own to change
         return {"same": x_in[:, 3:], "gray": torch.zeros_like(x_in[:, 3:])}
     scores, grid = evaluate.validate(predict, x_1, task, None, torch.device("cpu"))
-    x_lr = data.degrade(data.to_float(x_1), task, torch.arange(5))
+    x_lr = degrade(to_float(x_1), task, torch.arange(5))
     assert scores["psnr_same"] == scores["psnr_lr"] == pytest.approx(evaluate.psnr_rgb(to_uint8(x_lr).permute(0, 3, 1, 2), x_1).mean().item())
     assert scores["psnr_gray"] == pytest.approx(evaluate.psnr_rgb(torch.full_like(x_1, 128), x_1).mean().item())
     assert "lpips_same" not in scores and torch.equal(given[1][0, 3:], x_lr[1])

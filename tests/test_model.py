@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from model import (EMA, PRESETS, InputError, Muon, UNet, UpConv, count_macs, load_checkpoint, load_model, make_optimizers,
-                   network_config, save_checkpoint, save_release)
+from console import InputError
+from model import EMA, PRESETS, Muon, UNet, UpConv, count_macs, load_checkpoint, load_model, make_optimizers, network_config, save_checkpoint, save_release
 
 GOLDEN = Path(os.environ.get("OFTSR_GOLDEN", "nowhere"))
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="OFTSR_GOLDEN does not name the folder of published reference outputs")

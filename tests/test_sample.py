@@ -11,10 +11,13 @@ from PIL import Image
 
 import data
 import sample
-from data import TASKS, degrade, read_image, to_float
+from console import InputError
+from data import TASKS
+from degradations import degrade, to_float
 from evaluate import psnr_rgb
 from kernels import to_uint8
-from model import InputError, save_release
+from model import save_release
+from pictures import read_image
 from test_model import tiny
 from train_flow import asdict
 

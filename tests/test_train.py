@@ -13,7 +13,8 @@ from PIL import Image
 
 import distill
 import train_flow
-from model import InputError, load_checkpoint, load_model, save_release
+from console import InputError
+from model import load_checkpoint, load_model, save_release
 from test_model import tiny
 
 ROOT = Path(__file__).parent.parent
