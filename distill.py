@@ -25,7 +25,8 @@ import kernels
 import training
 from console import InputError, in_range
 from degradations import degrade
-from evaluate import load_lpips, validate
+from evaluate import validate
+from metrics import load_lpips
 from model import UNet, load_checkpoint, load_model
 from perceptual import Critic, add_perceptual_flags, critic_loss, perceptual_losses
 from pictures import write_image

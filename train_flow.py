@@ -22,7 +22,8 @@ import kernels
 import training
 from console import InputError, in_range
 from degradations import degrade
-from evaluate import load_lpips, validate
+from evaluate import validate
+from metrics import load_lpips
 from model import PRESETS, UNet, load_model, network_config
 from pictures import write_image
 from sample import integrate, one_step

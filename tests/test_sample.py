@@ -15,8 +15,8 @@ import sample
 from console import InputError
 from data import TASKS
 from degradations import degrade, to_float
-from evaluate import psnr_rgb
 from kernels import to_uint8
+from metrics import psnr_rgb
 from model import save_release
 from pictures import read_image
 from test_model import tiny
