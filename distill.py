@@ -14,7 +14,6 @@ The teacher is --teacher, or the newest stage-1 checkpoint of the task under out
 """
 import argparse
 import copy
-import sys
 from pathlib import Path
 
 import torch
@@ -23,13 +22,12 @@ from tqdm import tqdm
 import data
 import kernels
 import training
+from checkpoints import file_sha256, load_checkpoint
 from console import InputError, in_range
 from degradations import degrade
-from evaluate import validate
 from metrics import load_lpips
-from model import UNet, load_checkpoint, load_model
+from model import UNet, load_model
 from perceptual import Critic, add_perceptual_flags, critic_loss, perceptual_losses
-from pictures import write_image
 from sample import RK2_NODES, integrate, mean_slope, one_step
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
@@ -47,7 +45,7 @@ def parse_args(argv):
     p.add_argument("--t_min", type=in_range(float, -1, 1), default=0.01, help="t is uniform from here; below 0, a step begins at 0 and is shorter, so that s covers (0, dt) too")
     p.add_argument("--t_max", type=in_range(float, 0, 1), default=0.99, help="to here; with 1 - dt, no step is cut short at 1")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill; for --loss perceptual out/DATASET_perceptual)")
-    p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
+    p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), auto (resume where there is something to resume, else the default), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
     add_perceptual_flags(p)
     training.add_training_flags(p, max_iters=20_000)
     args = p.parse_args(argv)
@@ -119,7 +117,7 @@ def load_teacher(args, out_dir):
     Raises InputError if it is no flow, or not of this task. Sets args.teacher to its path.
     """
     if args.init_from == "resume" and args.teacher is None:
-        args.teacher = load_checkpoint(out_dir / "ckpt.pt").get("args", {}).get("teacher")
+        args.teacher = training.open_checkpoint(out_dir)[0].get("args", {}).get("teacher")
     args.teacher = str(args.teacher or newest(args.dataset, "flow"))
     teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
     if meta["stage"] == "distill":
@@ -150,6 +148,7 @@ def main(argv=None):
     args = parse_args(argv)
     perceptual = args.objective == "perceptual"
     out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
+    training.resolve_auto(args, out_dir, None)
     teacher, task, teacher_step = load_teacher(args, out_dir)
     if perceptual and not task.condition:
         raise InputError(f"--loss perceptual compares with the photograph behind x_lr, which a network of {task.name} does not see")
@@ -157,13 +156,13 @@ def main(argv=None):
 
     # --- processes and device ---
     run = training.begin("distill", task, args, out_dir)
-    run.settings["teacher_step"] = teacher_step
+    run.settings.update(teacher_step=teacher_step, teacher_sha256=file_sha256(args.teacher))
+    checkpoint = training.find_checkpoint(run)
 
     # --- data ---
     train_paths, val_paths = data.find_data(task, args.data_dir)
 
     # --- model ---
-    checkpoint = training.find_checkpoint(run)
     config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, teacher)
     model = UNet(**config)
     training.announce(run, model, train_paths, val_paths)
@@ -177,6 +176,7 @@ def main(argv=None):
     state = training.first_state(run, model, critic)
     if checkpoint:
         training.restore(run, state, checkpoint)
+    training.open_folder(run, state)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     net = training.parallel(torch.compile(model) if args.compile else model, run)
     judge = training.parallel(critic, run) if perceptual else None
@@ -184,8 +184,6 @@ def main(argv=None):
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
     val = data.validation_pictures(val_paths, task, args.eval_pictures) if run.master else None
-    if run.master:
-        training.rewind_log(run.out_dir / "log.jsonl", state.step)
 
     def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps
         with run.autocast():
@@ -197,55 +195,55 @@ def main(argv=None):
         {"distill": 1, "align": args.lambda_align, "bc": args.lambda_bc}  # and their weights, Eq. (12); the critic's loss is its own
     lambdas = torch.tensor([*parts.values()], dtype=torch.float32, device=run.device)
     signals, stop = training.Signals(), 0  # stop: the signal that all processes have agreed to stop for
-    batches = training.batches(run, train_paths, state.step)
+    batches = training.batches(run, train_paths, state.seen)
     meter = training.Meter(run, (len(parts) + 1,), state.step)  # the losses and the count
     bar = tqdm(total=args.max_iters, initial=state.step, disable=None if run.master else True, unit="step")
-    saved = state.step  # the step that ckpt.pt holds
-    while True:
-        if state.step > saved and (state.step % args.eval_interval == 0 or state.step >= args.max_iters or stop):
-            if run.master and not stop:
-                state.ema.copy_to(ema_model)
-                state.scores, grid = validate(predict, val, task, lpips, run.device)
-                training.log(run, dict(step=state.step, **state.scores))
-                write_image(run.out_dir / f"val_{state.step:07d}.png", grid)
-            if run.master:
-                training.save(run, state)
-                if args.always_save_checkpoint:
-                    training.save(run, state, f"ckpt_{state.step:07d}.pt")
-            saved = state.step
-            meter.restart_clock(state.step)
-        if state.step >= args.max_iters or stop:
-            break
+    with training.last_save(run, state):
+        while True:
+            due = state.step % args.eval_interval == 0 or state.step >= args.max_iters
+            if state.step and (due or stop):
+                if state.step > state.saved:
+                    training.check(run, state, meter, train_paths)
+                    training.save(run, state)
+                if run.master and state.step > state.validated and not stop:
+                    state.ema.copy_to(ema_model)
+                    training.validate(run, state, predict, val, lpips, signals)
+                stop = stop or signals.agreed(run)
+                meter.restart_clock(state.step)
+            if state.step >= args.max_iters or stop:
+                break
 
-        training.set_learning_rate(run, state)
-        for micro in range(args.gradient_accumulation_steps):
-            x_1, n, seeds, t = training.next_batch(run, batches)
-            x_lr = degrade(x_1, task, seeds)
-            x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
-            for module in (net, judge):
-                training.exchange_gradients(module, micro == args.gradient_accumulation_steps - 1)
-            with run.autocast():
-                if perceptual:
-                    z_in = kernels.noise_augment(x_lr, task.sigma_p, data.image_seeds(args.seed + 1, n).to(run.device))
-                    losses, seen, there = perceptual_losses(net, teacher, critic, x_1, x_in, z_in, args.look_min + (1 - args.look_min) * t, t)
-                    losses = torch.cat([losses, critic_loss(judge, seen, there)[None]])
-                else:
-                    t, s = make_times(t, args)
-                    losses = distillation_losses(net, teacher, x_in, t, s, args.solver, args.objective)
-                ((losses * lambdas).sum() / args.gradient_accumulation_steps).backward()
-            meter.sums[:-1] += losses.detach()
-            meter.sums[-1] += 1
-        norm = training.update(run, state)
-        bar.update()
+            training.set_learning_rate(run, state)
+            for micro in range(args.gradient_accumulation_steps):
+                x_1, n, seeds, t = training.next_batch(run, batches)
+                x_lr = degrade(x_1, task, seeds)
+                x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
+                for module in (net, judge):
+                    training.exchange_gradients(module, micro == args.gradient_accumulation_steps - 1)
+                with run.autocast():
+                    if perceptual:
+                        z_in = kernels.noise_augment(x_lr, task.sigma_p, data.image_seeds(args.seed + 1, n).to(run.device))
+                        losses, seen, there = perceptual_losses(net, teacher, critic, x_1, x_in, z_in, args.look_min + (1 - args.look_min) * t, t)
+                        losses = torch.cat([losses, critic_loss(judge, seen, there)[None]])
+                    else:
+                        t, s = make_times(t, args)
+                        losses = distillation_losses(net, teacher, x_in, t, s, args.solver, args.objective)
+                    loss = (losses * lambdas).sum()
+                    (loss / args.gradient_accumulation_steps).backward()
+                meter.add(loss)
+                meter.sums[:-1] += losses.detach()
+                meter.sums[-1] += 1
+            norm = training.update(run, state)
+            bar.update()
 
-        stop = signals.agreed(run)
-        if state.step % args.log_interval == 0:
-            sums, speed = meter.read(state.step)
-            means = dict(zip(parts, (sums[:-1] / sums[-1]).tolist()))
-            loss = sum(mean * parts[part] for part, mean in means.items() if part != "critic")
-            training.check_loss(run, state, loss)
-            training.log(run, dict(step=state.step, loss=loss, **means, grad_norm=norm.item(), lr=training.learning_rate(state.step - 1, args), images_per_s=speed))
-            bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
+            stop = signals.agreed(run)
+            if state.step % args.log_interval == 0:
+                training.check(run, state, meter, train_paths)
+                sums, speed = meter.read(state.step)
+                means = dict(zip(parts, (sums[:-1] / sums[-1]).tolist()))
+                loss = sum(mean * parts[part] for part, mean in means.items() if part != "critic")
+                training.log(run, dict(step=state.step, loss=loss, **means, grad_norm=norm.item(), lr=training.learning_rate(state.step - 1, args), images_per_s=speed))
+                bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
     bar.close()
     if run.master and state.step >= args.max_iters:
         training.release(run, state, ema_model)
@@ -253,7 +251,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:  # one from a loader's process comes wrapped in its traceback
-        sys.exit(f"distill.py: {str(e).splitlines()[-1].removeprefix('console.InputError: ')}")
+    training.program(main, "distill.py")

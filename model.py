@@ -11,17 +11,16 @@ cannot know).
 Legend: x_1 HR image (t = 1), x_lr = H^T(H(x_1) + n), x_0 = noised x_lr (t = 0), x_t = (1-t) x_0 + t x_1.
 """
 import ctypes
-import json
 import math
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from console import InputError, atomic_write
+from checkpoints import load_checkpoint, load_tensors, save_tensors
+from console import InputError
 from kernels import conv3x3, group_norm_silu
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
@@ -124,6 +123,8 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels, head_channels, groups):
         super().__init__()
+        if channels % head_channels:
+            raise ValueError(f"heads of {head_channels} channels do not divide {channels}")
         self.heads = channels // head_channels
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -162,12 +163,14 @@ class UNet(nn.Module):
     precond    None, or {"sigma_p", "sigma_d"}: see `coefficients`.
     one_step   a distilled student, whose input is always x_0, whatever t.
     condition  False: no x_lr among the inputs (channels 3 to 5 of x_in are not read).
-    Raises ValueError for a size that is not a multiple of `multiple`.
+    Raises ValueError for a size that is not a multiple of `multiple`, and for channels that do not divide.
     """
 
     def __init__(self, channels, mults, blocks, attention=(), head_channels=64, groups=32, patch=1, out_channels=3,
                  condition=True, precond=None, one_step=False):
         super().__init__()
+        if channels % 2:
+            raise ValueError(f"channels must be even, for sines and cosines, not {channels}")
         self.config = dict(channels=channels, mults=list(mults), blocks=blocks, attention=list(attention),
                            head_channels=head_channels, groups=groups, patch=patch, out_channels=out_channels,
                            condition=condition, precond=precond, one_step=one_step)
@@ -318,38 +321,48 @@ def keep_freed_memory():
 
 # --- files ---
 
+# What a network may be made of, as the file of one says it: (least, most) of each number.
+LIMITS = dict(channels=(1, 4096), blocks=(1, 16), head_channels=(1, 4096), groups=(1, 4096), patch=(1, 16), out_channels=(3, 12))
 
-def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU. Raises InputError if there is no such file or it is not one."""
-    if not Path(path).is_file():
-        raise InputError(f"no checkpoint at {path}")
+
+def network_of(config, path):
+    """The UNet that a file's metadata describes, without memory ("meta"). Raises InputError, which names the file, if it describes none."""
+    whole = lambda value, low, high: type(value) is int and low <= value <= high
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # the unpickler raises whatever the bytes lead it to
-        raise InputError(f"{path} is broken or not a checkpoint ({type(e).__name__})") from e
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path} is not a checkpoint (it holds a {type(checkpoint).__name__})")
-    return checkpoint
+        known = {**dict(attention=[], head_channels=64, groups=32, patch=1, out_channels=3, condition=True, precond=None, one_step=False), **config}
+        wrong = [k for k, (low, high) in LIMITS.items() if not whole(known[k], low, high)]
+        wrong += [k for k in ("mults", "attention") if len(known[k]) > 10 or not all(whole(v, 1, 256) for v in known[k])]
+        wrong += [k for k in ("condition", "one_step") if type(known[k]) is not bool]
+        if (p := known["precond"]) and not (p.keys() == {"sigma_p", "sigma_d"} and all(type(v) in (int, float) and 0 < v < 100 for v in p.values())):
+            wrong.append("precond")
+        if not wrong:
+            with torch.device("meta"):
+                return UNet(**known)
+    except (TypeError, ValueError, KeyError, AttributeError) as e:  # ValueError: what does not divide
+        wrong = [(str(e) or type(e).__name__).splitlines()[0]]
+    raise InputError(f"{path} describes no network of this project: {', '.join(wrong)}")
+
+
+def check_fits(net, state, path):
+    """Raises InputError if state, {name: tensor} of a file, is not what the network takes: every name, its shape, finite numbers."""
+    ours = net.state_dict()
+    wrong = [n for n, p in ours.items() if not torch.is_tensor(state.get(n)) or state[n].shape != p.shape or not state[n].is_floating_point()]
+    if wrong or len(state) != len(ours):
+        raise InputError(f"{path} does not hold this network: {len(wrong)} of its {len(ours)} parameters are missing or of another shape")
+    if broken := [n for n, p in state.items() if not p.isfinite().all()]:
+        raise InputError(f"{path} is broken: its {broken[0]} holds numbers that are not finite")
+
+
+def preset_name(net):
+    """The preset whose network that is, whatever its sigmas; None if it is none's."""
+    form = lambda config: {**config, "precond": bool(config["precond"]), "one_step": False, "condition": True}
+    with torch.device("meta"):
+        return next((name for name in PRESETS if form(UNet(**PRESETS[name]).config) == form(net.config)), None)
 
 
 def save_release(path, model, meta):
     """Weights to share: bfloat16 .safetensors with `meta` (a dict of plain types) as JSON beside them. Atomic."""
-    from safetensors.torch import save
-    tensors = {name: p.detach().bfloat16().contiguous() for name, p in model.state_dict().items()}
-    header = {"oftsr": json.dumps({**meta, "model": model.config})}
-    atomic_write(path, lambda tmp: tmp.write_bytes(save(tensors, metadata=header)))  # save_file's only their owner may read
-
-
-def _read_release(path):
-    """The metadata (a dict, or None) and the tensors of a .safetensors file."""
-    from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file():
-        raise InputError(f"no weights at {path}")
-    try:
-        with safe_open(path, framework="pt") as f:
-            return json.loads((f.metadata() or {}).get("oftsr", "null")), {name: f.get_tensor(name) for name in f.keys()}
-    except SafetensorError as e:
-        raise InputError(f"{path} is broken or not a .safetensors file ({e})") from e
+    save_tensors(path, {name: p.detach().bfloat16().contiguous() for name, p in model.state_dict().items()}, {**meta, "model": model.config})
 
 
 def load_model(path, device="cpu", model=None):
@@ -361,25 +374,26 @@ def load_model(path, device="cpu", model=None):
     Raises InputError when there is no such file, or it is none of these, or does not fit.
     """
     if str(path).endswith(".safetensors"):
-        meta, state = _read_release(path)
+        meta, state = load_tensors(path)
     else:
         checkpoint = load_checkpoint(path)
-        if "ema" not in checkpoint:
+        ema = checkpoint.get("ema")
+        if not isinstance(ema, dict) or not isinstance(ema.get("shadow_params"), list):
             raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
-        meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model")}
-        state = checkpoint["ema"]["shadow_params"]
-    if not meta or not meta.get("model"):
+        meta, state = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model")}, ema["shadow_params"]
+    meta = {"stage": None, "task": None, "step": None, "model": None, **(meta or {})}
+    if meta["stage"] not in ("flow", "distill", None) or not isinstance(meta["task"], (dict, type(None))) or not isinstance(meta["step"], (int, type(None))):
+        raise InputError(f"{path} is not one of ours: its stage, task or step is none")
+    if not meta["model"]:
         if model is None:
             raise InputError(f"{path} does not say which network it holds: name it with --model {{{','.join(PRESETS)}}}")
-        meta = {"model": PRESETS[model]}
-    meta = {"stage": None, "task": None, "step": None, **meta}
-    with torch.device("meta"):
-        net = UNet(**meta["model"])
-    names = list(net.state_dict())
+        if PRESETS[model].get("precond"):
+            raise InputError(f"{path} does not say the sigmas of its network, which {model!r} has: it is not one of ours")
+        meta["model"] = PRESETS[model]
+    net = network_of(meta["model"], path)
     if isinstance(state, list):
-        state = dict(zip(names, state, strict=False)) if len(state) == len(names) else {}
-    wrong = [n for n, p in net.state_dict().items() if n not in state or state[n].shape != p.shape]
-    if wrong or len(state) != len(names):
-        raise InputError(f"{path} does not hold this network: {len(wrong)} of its {len(names)} parameters are missing or of another shape")
+        names = list(net.state_dict())
+        state = dict(zip(names, state)) if len(state) == len(names) else {}
+    check_fits(net, state, path)
     net.load_state_dict({n: p.float() for n, p in state.items()}, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta

@@ -60,7 +60,7 @@ def test_published_checkpoint_loads(monkeypatch):
         assert torch.equal(p, torch.tensor(golden[f"param.{name}"])), name
     assert meta["stage"] is None and meta["task"] is None
     with pytest.raises(InputError, match="does not hold this network"):
-        load_model(GOLDEN / "official_ema_tiny.pth", model="tiny")
+        load_model(GOLDEN / "official_ema_tiny.pth", model="ffhq")
 
 
 def test_small_presets_sizes():
