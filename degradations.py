@@ -160,12 +160,16 @@ def milder(values, strength, harmless):
     return [harmless + strength * (v - harmless) for v in values]
 
 
+def onset(strength):
+    return min(1, 4 * strength)
+
+
 def draw(numbers, strength=-1.0):
     """What is done to a picture, from its uniform numbers: a Harm. strength in [0, 1]; -1: drawn, too.
 
     Below strength 1 every range shrinks towards no harm (`milder`), what always happens does so with chance (1 + strength) / 2,
     what the end adds with chance `strength` of its own, and instead of the last sinc filter there may be sharpening, as
-    phones do: an unsharp mask.
+    phones do: an unsharp mask. Blurs and masks, which no range makes harmless, come in over the first quarter of strength.
     """
     dice = Dice(numbers)
     drawn = draw_strength(dice)
@@ -175,7 +179,7 @@ def draw(numbers, strength=-1.0):
     quality, jpeg = dice.between(*milder(JPEG, s, 98)), dice.chance(often)
     method, antialiased = dice.pick(METHODS), not dice.chance(s)
     sinc = sinc_kernel(dice.pick(END_SIZES), dice.between(*milder((math.pi / 3, math.pi), s, math.pi)))
-    sharp = unsharp_kernel(dice.between(0, min(1, 4 * s)), dice.between(0.5, 1.5))
+    sharp = unsharp_kernel(dice.between(0, onset(s)), dice.between(0.5, 1.5))
     filtered, sharpened = dice.chance(END_SINC * s), dice.chance((1 - s) / 2)
     last_quality, last_jpeg = dice.between(*milder(JPEG, s, 98)), dice.chance(often)
     return Harm(s, rounds, quality if jpeg else None, "antialiased" if antialiased else method, sinc if filtered else sharp if sharpened else None,
@@ -204,12 +208,13 @@ def draw_kernel(dice, r, s):
     sigma = milder(r.sigma, s, r.sigma[0])
     sigma_x, sigma_y, angle = dice.between(*sigma), dice.between(*sigma), dice.between(-math.pi, math.pi)
     below, place = dice.chance(0.5), dice.roll()
-    if sinc:
-        return sinc_kernel(size, cutoff)
     shape, _, spread = kind.rpartition("_")
     low, high = BETA.get(shape, (1.0, 1.0))
     beta = low + (1 - low) * place if below else 1 + (high - 1) * place
-    return blur_kernel(size, shape, sigma_x, *((sigma_x, 0.0) if spread == "iso" else (sigma_y, angle)), beta)
+    turned = (sigma_x, 0.0) if spread == "iso" else (sigma_y, angle)
+    k = onset(s) * (sinc_kernel(size, cutoff) if sinc else blur_kernel(size, shape, sigma_x, *turned, beta))
+    k[size // 2, size // 2] += 1 - onset(s)
+    return k
 
 
 # --- the kernels of blur ---
