@@ -177,7 +177,7 @@ def begin(stage, task, args, out_dir):
         except (RuntimeError, ValueError) as e:  # no such backend, a port in use, no answer
             raise InputError(f"process {rank} of {world} cannot join the others: {str(e).splitlines()[0]}") from None
     torch.manual_seed(args.seed)  # the initial weights; everything else is drawn by picture number
-    settings = {**vars(args), "world": world, "arithmetic": f"{device.type} {dtype}", "torch": torch.__version__}
+    settings = {**vars(args), "world": world, "arithmetic": f"{device.type} {dtype}", "torch": str(torch.__version__)}
     return Run(stage, task, args, Path(out_dir), rank, world, local_world, device, dtype, settings)
 
 

@@ -14,10 +14,8 @@ from PIL import Image
 
 import data
 import evaluate
-import metrics
 from console import InputError
-from degradations import degrade, to_float
-from kernels import to_uint8
+from degradations import to_float
 from model import UNet, network_config, save_release
 from pictures import read_image, write_image
 from test_metrics import batch, smooth

@@ -15,7 +15,8 @@ from PIL import Image
 import distill
 import train_flow
 from console import InputError
-from model import load_checkpoint, load_model, save_release
+from checkpoints import load_checkpoint
+from model import load_model, save_release
 from test_model import tiny
 
 ROOT = Path(__file__).parent.parent
