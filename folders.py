@@ -33,7 +33,7 @@ ROLES = {
     "small": r"(?:lr|lq|low[\W_]?res(?:olution)?|thumbnails?)(?:[\W_].*|x?\d.*|bi.*)?",
 }
 ANY = r"(?:.*[\W_])?"  # what may stand before it
-SETS = r"(?:(?:div2k|df2k|flickr2k|ffhq|imagenet|ilsvrc\d*|img|lsdir|realsr)[\W_])*"  # before the folder's that the user names, whose name may mean anything
+SETS = r"(?:(?:div2k|df2k|flickr2k|ffhq|imagenet|ilsvrc\d*|img|lsdir|realsr|train|valid|test)[\W_])*"  # before the folder's that the user names, whose name may mean anything
 HELD = {"val": 0, "test": 1}  # the roles that keep a picture out of training, the stronger first
 SYSTEM = {"__macosx", "@eadir", "$recycle.bin"}  # copies and leftovers of operating systems
 RESULTS = {"log.jsonl", "evaluation.json"}  # of a training, of evaluate.py: what lies beside them are results, not photographs
