@@ -87,12 +87,12 @@ def resolve_task(args, row=None):
     return task
 
 
-def find_split(task, data_dir=None, memory=None):
+def find_split(task, data_dir=None, memory=None, quiet=False):
     """The pictures of a task, for training and for validation, as a folders.Split.
 
     data_dir defaults to data/<task name>, and where there is no data/photos, to the photographs in assets/. memory: what
-    a checkpoint remembers of its lists; each picture then keeps the part it had. Raises InputError if there is no folder
-    or no picture.
+    a checkpoint remembers of its lists; each picture then keeps the part it had, and what has changed is said, unless quiet.
+    Raises InputError if there is no folder or no picture.
     """
     folder = Path(data_dir or Path("data") / task.name)
     if data_dir is None and task.name == "photos" and not folder.is_dir():
@@ -103,17 +103,21 @@ def find_split(task, data_dir=None, memory=None):
     if folder == ASSETS:  # not the figures below it
         split = replace(split, train=[f for f in split.train if "/" not in f], val=[f for f in split.val if "/" not in f])
     split, changed = keep_split(split, memory)
-    if changed:
+    if changed and not quiet:
         note(changed)
     return split
 
 
-def find_data(task, data_dir=None, memory=None):
-    """The training and the validation files of a task: two lists of paths, neither empty. Raises InputError, as find_split does.
+def find_data(task, data_dir=None):
+    """The training and the validation files of a task: two lists of paths, neither empty. Raises InputError if there are none to train on."""
+    return check_split(find_split(task, data_dir), task)
+
+
+def check_split(split, task):
+    """The files of a Split that a training can use, as two lists of paths, neither empty. Raises InputError if most are too small, or none is for training.
 
     Where no picture is for validation, a training looks at itself on pictures that it has seen, and says so.
     """
-    split = find_split(task, data_dir, memory)
     if not split.train:
         raise InputError(f"{split.folder} holds validation pictures alone ({split.how}): name the folder above it, or one of pictures to train on")
     if not split.val:

@@ -33,7 +33,7 @@ ROLES = {
     "small": r"(?:lr|lq|low[\W_]?res(?:olution)?|thumbnails?)(?:[\W_].*|x?\d.*|bi.*)?",
 }
 ANY = r"(?:.*[\W_])?"  # what may stand before it
-SETS = r"(?:(?:div2k|df2k|flickr2k|ffhq|imagenet|ilsvrc\d*|img|lsdir|realsr|train|valid|test)[\W_])*"  # before the folder's that the user names, whose name may mean anything
+SETS = r"(?:(?:div2k|df2k|flickr2k|ffhq|imagenet|ilsvrc\d*|img|lsdir|realsr|train|valid)[\W_])*"  # before the folder's that the user names, whose name may mean anything
 HELD = {"val": 0, "test": 1}  # the roles that keep a picture out of training, the stronger first
 SYSTEM = {"__macosx", "@eadir", "$recycle.bin"}  # copies and leftovers of operating systems
 RESULTS = {"log.jsonl", "evaluation.json"}  # of a training, of evaluate.py: what lies beside them are results, not photographs
@@ -258,12 +258,13 @@ def trained_on(paths, memory):
 
     Where contents are remembered they decide; of a list too long for that, the name does.
     """
-    if not memory:
-        return [], []
-    names, contents = unpack(memory["train_names"]), unpack(memory["train_contents"])
-    alike = [p for p in paths if name_key(p) in names]
-    seen = [p for p in paths if content_key(p) in contents] if contents else alike
-    return seen, [p for p in alike if p not in set(seen)]
+    seen, alike = set(), set()
+    for m in [memory, *memory.get("before", ())] if memory else ():  # and what its teacher was trained on
+        names, contents = unpack(m["train_names"]), unpack(m["train_contents"])
+        same_name = {p for p in paths if name_key(p) in names}
+        seen |= {p for p in paths if content_key(p) in contents} if contents else same_name
+        alike |= same_name
+    return [p for p in paths if p in seen], [p for p in paths if p in alike - seen]
 
 
 def keep_split(split, memory):
