@@ -25,12 +25,12 @@ def save_checkpoint(path, checkpoint):
     def write(tmp):
         torch.save(checkpoint, tmp)
         if path.exists():
-            copy_file(path, before(path))
+            copy_file(path, one_before(path))
 
     atomic_write(path, write)
 
 
-def before(path):
+def one_before(path):
     """Where save_checkpoint keeps the file that it replaces."""
     return path.with_name(f"{path.stem}_before{path.suffix}")
 

@@ -380,7 +380,7 @@ def load_model(path, device="cpu", model=None):
         ema = checkpoint.get("ema")
         if not isinstance(ema, dict) or not isinstance(ema.get("shadow_params"), list):
             raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
-        meta, state = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model")}, ema["shadow_params"]
+        meta, state = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model", "data")}, ema["shadow_params"]
     meta = {"stage": None, "task": None, "step": None, "model": None, **(meta or {})}
     if meta["stage"] not in ("flow", "distill", None) or not isinstance(meta["task"], (dict, type(None))) or not isinstance(meta["step"], (int, type(None))):
         raise InputError(f"{path} is not one of ours: its stage, task or step is none")

@@ -27,8 +27,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import folders
 import kernels
-from checkpoints import before, copy_file, load_checkpoint, save_checkpoint
+from checkpoints import copy_file, load_checkpoint, one_before, save_checkpoint
 from console import InputError, atomic_write, in_range
 from degradations import degrade, to_float
 from metrics import psnr_rgb
@@ -101,6 +102,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype  # of the network's arithmetic
     settings: dict  # what a checkpoint keeps of all this
+    memory: dict = None  # and of the lists of pictures: folders.remember's
     lock: object = None  # the open file that says that the folder is taken
     fell_back: bool = False  # ckpt.pt is broken: going on from the one before it
 
@@ -214,7 +216,7 @@ def resolve_auto(args, out_dir, fresh):
     """--init_from auto is resume where there is something to resume, else `fresh`: one command that starts and goes on."""
     if args.init_from == "auto":
         path = Path(out_dir) / "ckpt.pt"
-        args.init_from = "resume" if path.exists() or before(path).exists() else fresh
+        args.init_from = "resume" if path.exists() or one_before(path).exists() else fresh
 
 
 def open_checkpoint(out_dir):
@@ -223,11 +225,11 @@ def open_checkpoint(out_dir):
     try:
         return load_checkpoint(path), False
     except InputError as e:
-        if not before(path).is_file():
+        if not one_before(path).is_file():
             raise
-        checkpoint = load_checkpoint(before(path))
+        checkpoint = load_checkpoint(one_before(path))
         if os.environ.get("RANK", "0") == "0":
-            print(f"{e}: going on from the one before it, {before(path).name}", file=sys.stderr)
+            print(f"{e}: going on from the one before it, {one_before(path).name}", file=sys.stderr)
         return checkpoint, True
 
 
@@ -294,6 +296,20 @@ def differences(run, was):
     return [f"{'--' if k in flags else ''}{k} {v}, not {was[k]}" for k, v in ours.items() if k in was and was[k] != v]
 
 
+def find_pictures(run, checkpoint, origins=()):
+    """The files for training and for validation: two lists of paths. Each picture keeps the part that it had when the run began.
+
+    origins: the metadata of what the run learns or starts from; what those were trained on is remembered with it, and what
+    they held out stays out.
+    """
+    before = [meta["data"] for meta in origins if meta and meta.get("data")]
+    memory = (checkpoint or {}).get("data") or {}
+    split = data.find_split(run.task, run.args.data_dir, memory or (before[0] if before else None), quiet=not memory)
+    if run.master and not run.args.dry_run:
+        run.memory = {**folders.remember(split), "before": memory.get("before", before)}
+    return data.check_split(split, run.task)
+
+
 def announce(run, model, train_paths, val_paths):
     """Says what is about to run. Raises InputError if the network does not take the task's pictures."""
     args, size = run.args, run.task.image_size
@@ -347,7 +363,7 @@ def save(run, state):
         critic = dict(critic=state.critic.state_dict()) if state.critic else {}
         save_checkpoint(run.out_dir / "ckpt.pt", dict(
             stage=run.stage, task=asdict(run.task), model=state.model.config, step=state.step, seen=state.seen, least=state.least, scores=state.scores,
-            args=run.settings, params=state.model.state_dict(), ema=state.ema.state_dict(), optimizers=[o.state_dict() for o in state.optimizers], **critic))
+            args=run.settings, data=run.memory, params=state.model.state_dict(), ema=state.ema.state_dict(), optimizers=[o.state_dict() for o in state.optimizers], **critic))
         if run.args.always_save_checkpoint:
             copy_file(run.out_dir / "ckpt.pt", run.out_dir / f"ckpt_{state.step:07d}.pt")
     state.saved = state.step
@@ -410,7 +426,7 @@ def check_moments(optimizer, kept):
 def release(run, state, ema_model):
     """Write weights.safetensors: the averaged weights to keep or to share."""
     state.ema.copy_to(ema_model)
-    save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores))
+    save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores, data=run.memory))
 
 
 # --- one step ---
@@ -506,7 +522,7 @@ def open_folder(run, state):
         if run.fell_back:
             if path.exists():
                 os.replace(path, path.with_name("ckpt_broken.pt"))
-            copy_file(before(path), path)
+            copy_file(one_before(path), path)
         run.lock.write(json.dumps(about(run, state)) + "\n")
         run.lock.flush()
     except OSError as e:
