@@ -332,6 +332,7 @@ def network_of(config, path):
         known = {**dict(attention=[], head_channels=64, groups=32, patch=1, out_channels=3, condition=True, precond=None, one_step=False), **config}
         wrong = [k for k, (low, high) in LIMITS.items() if not whole(known[k], low, high)]
         wrong += [k for k in ("mults", "attention") if len(known[k]) > 10 or not all(whole(v, 1, 256) for v in known[k])]
+        wrong += [] if known["mults"] else ["mults"]
         wrong += [k for k in ("condition", "one_step") if type(known[k]) is not bool]
         if (p := known["precond"]) and not (p.keys() == {"sigma_p", "sigma_d"} and all(type(v) in (int, float) and 0 < v < 100 for v in p.values())):
             wrong.append("precond")

@@ -44,8 +44,6 @@ except ImportError:  # Windows
 # Settings that may change on resume: what they change is not what is learnt.
 FREE = {"init_from", "max_iters", "out_dir", "data_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
         "always_save_checkpoint", "lpips_backbone", "num_workers", "compile", "dry_run", "dataset", "teacher"}
-# What asks for a last save: the scheduler's end of time, Ctrl-C, a terminal that closes, Slurm's --signal=USR1.
-STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Diverged(InputError):
@@ -479,7 +477,7 @@ def update(run, state):
 
 
 class Signals:
-    """A signal (STOPPING) asks for a last save: `asked` is the number of the one that came, 0 before.
+    """A signal (data.STOPPING) asks for a last save: `asked` is the number of the one that came, 0 before.
 
     So does the end of torchrun, by kill -9, of which no signal tells its processes: they would train on as orphans.
     """
@@ -487,7 +485,7 @@ class Signals:
     def __init__(self):
         self.asked = 0
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        for s in STOPPING:
+        for s in data.STOPPING:
             if signal.getsignal(s) != signal.SIG_IGN:  # nohup's
                 signal.signal(s, self.ask)
 

@@ -26,8 +26,8 @@ SMALL = ["--model", "tiny", "--image_size", "16", "--batch_size", "2", "--eval_p
 
 @pytest.fixture(autouse=True)
 def signals():
-    """The scripts take SIGTERM and SIGINT over; give them back."""
-    kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    """The scripts take signals over; give them back."""
+    kept = {s: signal.getsignal(s) for s in train_flow.data.STOPPING}
     yield
     for s, handler in kept.items():
         signal.signal(s, handler)
