@@ -53,7 +53,7 @@ from model import (
     save_release,
 )
 from pictures import write_image
-from sample import RK2_NODES, integrate, mean_slope, one_step
+from flow import RK2_NODES, integrate, mean_slope, one_step
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 

@@ -50,7 +50,7 @@ from model import (
     save_release,
 )
 from pictures import write_image
-from sample import integrate, one_step
+from flow import integrate, one_step
 
 
 def parse_args(argv):
