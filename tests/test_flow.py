@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from scipy.integrate import RK45
 
-from distill import Critic, critic_loss, distillation_losses, grid_error, mean_score, perceptual_losses
+from distill import distillation_losses
 from flow import integrate, mean_slope, one_step
+from perceptual import Critic, critic_loss, grid_error, mean_score, perceptual_losses
 from sample import SOLVERS
 from test_model import tiny
 from train_flow import flow_loss
