@@ -49,7 +49,7 @@ from model import (
     save_checkpoint,
     save_release,
 )
-from pictures import write_image
+from pictures import write_picture
 from sample import integrate, one_step
 
 
@@ -209,7 +209,7 @@ def main(argv=None):
                 ema.copy_to(ema_model)
                 scores, grid = validate(predict, val, task, lpips, device)
                 log(dict(step=step, **scores))
-                write_image(out_dir / f"val_{step:07d}.png", grid)
+                write_picture(out_dir / f"val_{step:07d}.png", grid)
             if master:
                 save()
                 if args.always_save_checkpoint:
