@@ -27,9 +27,9 @@ import numpy as np
 
 # PyTorch takes seconds to load. Where it is needed it is imported inside the functions, so that --help and a mistyped
 # flag are answered at once.
-from batch import STRIP, find_inputs, origin, plan
+from batch import STRIP, find_inputs, is_file_name, origin, plan
 from console import VERSION, InputError, Parser, Progress, in_range
-from pictures import MAX_PIXELS, Picture, from_pil, from_planes, losses, open_writer, read_picture, resized, split_alpha, to_depth, write_picture
+from pictures import MAX_PIXELS, Picture, from_pil, from_planes, losses, open_writer, read_picture, resized, split_alpha, write_picture
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
 SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45")
@@ -81,7 +81,7 @@ def enlarge(net, task, picture, t, seed, size=None, tile="auto", dtype=None, pro
 
     def planes():
         nonlocal nfe
-        window, side = lr_window(colour, task), pick_tile(tile, net, *own, dtype)
+        window, side = lr_window(colour, task), pick_tile(tile, net, *own, dtype, how.get("tile_pad", 32))
         for rows, nfe in restore_rows(net, window, *own, task.sigma_p, seed, t, tile=side, dtype=dtype, progress=progress, **how):
             if not rows.isfinite().all():
                 raise InputError(f"at t = {t:g} the network gave a value that is not finite")
@@ -174,26 +174,29 @@ def parse_args(argv):
     g.add_argument("--tile_pad", type=in_range(int, 1), default=32, help="half the width over which tiles blend (default: 32)")
     args = p.parse_args(argv)
     args.inputs += args.input
-    if wrong := mistake(args):
-        p.error(wrong)
+    try:
+        check_args(args)
+    except InputError as e:
+        p.error(str(e))
     return args
 
 
-def mistake(args):
-    """What is wrong with the arguments together, or None."""
+def check_args(args):
+    """Raises InputError where the arguments do not go together."""
     if not args.inputs:
-        return "name a picture, a folder or a pattern"
+        raise InputError("name a picture, a folder or a pattern")
     if args.outscale and (args.width or args.height):
-        return "-s and --width or --height both say how large: give one"
+        raise InputError("-s and --width or --height both say how large: give one")
     if (args.rtol or args.atol) and args.solver != "rk45":
-        return "--rtol and --atol are for --solver rk45"
+        raise InputError("--rtol and --atol are for --solver rk45")
     if args.skip_existing and args.overwrite:
-        return "--skip_existing and --overwrite contradict each other"
-    if args.suffix is not None and Path(args.suffix).name != args.suffix and args.suffix:
-        return f"--suffix {args.suffix} goes into a file's name, and names no folder: that is -o"
+        raise InputError("--skip_existing and --overwrite contradict each other")
+    if args.suffix and Path(args.suffix).name != args.suffix:
+        raise InputError(f"--suffix {args.suffix} goes into a file's name, and names no folder: that is -o")
+    if is_file_name(args.output) and args.ext != "auto":
+        raise InputError(f"-o {args.output} names the format already: it goes without --ext")
     if isinstance(args.tile, int) and 0 < args.tile <= 2 * args.tile_pad:
-        return f"--tile {args.tile} must be larger than twice --tile_pad ({2 * args.tile_pad})"
-    return None
+        raise InputError(f"--tile {args.tile} must be larger than twice --tile_pad ({2 * args.tile_pad})")
 
 
 def dial(text):
@@ -244,7 +247,7 @@ def restore_job(net, task, job, ts, args, dtype, note, progress, **how):
     for line in [*picture.notes, *{line for out in job.outs.values() for line in losses(out, picture.pixels.shape[2], picture.pixels.dtype)}]:
         progress.say(f"{job.path}: {line}", sys.stderr)
     height, width = (side * task.scale for side in picture.pixels.shape[:2])
-    tile, bigs, note = pick_tile(args.tile, net, height, width, dtype), [], {**note, **origin(job.path)}
+    tile, bigs, note = pick_tile(args.tile, net, height, width, dtype, args.tile_pad), [], {**note, **origin(job.path)}
     for t in [t for t in ts if t in job.outs or STRIP in job.outs]:
         start, before = time.perf_counter(), progress.done
         while True:

@@ -193,7 +193,7 @@ def resampled(bands, height, width, new_height, new_width):
 # --- how large a tile ---
 
 
-def pick_tile(tile, model, height, width, dtype=torch.float32):
+def pick_tile(tile, model, height, width, dtype=torch.float32, tile_pad=32):
     """The side of the tiles for a picture of that size, 0 for one piece; tile "auto" looks at the memory that is free. Else it is as asked."""
     if tile != "auto":
         return tile
@@ -205,7 +205,7 @@ def pick_tile(tile, model, height, width, dtype=torch.float32):
     side = TILE
     while side // 2 >= LEAST_TILE and side * side * need > room:
         side //= 2
-    return side
+    return max(side, 4 * tile_pad)
 
 
 def smaller_tile(tile, height, width, tile_pad):
