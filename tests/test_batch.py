@@ -14,7 +14,8 @@ import batch
 import console
 import sample
 from pictures import read_note
-from test_sample import ROOT, cli, folder, weights, written  # noqa: F401  fixtures
+
+ROOT = Path(__file__).parent.parent
 
 
 def save(path, seed=0, size=(9, 11)):
