@@ -1,4 +1,5 @@
 import os
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ def weights(tmp_path_factory):
     from data import TASKS
     from model import save_release
     from test_model import tiny
-    from train_flow import asdict
     folder, task = tmp_path_factory.mktemp("weights"), asdict(TASKS["photos"])
     for stage in ("distill", "flow"):
         save_release(folder / f"{stage}.safetensors", tiny(one_step=stage == "distill"), dict(stage=stage, step=1, task=task))
