@@ -8,7 +8,6 @@ never its largest value. Pillow reads and writes the formats and their tags; ima
 round to 8 bits, and convert colours in 16: OpenCV, the other kept library that reads 16 bits, drops profiles and gray's alpha.
 No torch; what is heavy is imported where it is used.
 """
-import io
 import json
 import os
 import re

@@ -12,7 +12,6 @@ From Python: `from sample import upscale; big = upscale(image, t=0.5)`.
 import argparse
 import functools
 import glob
-import json
 import math
 import os
 import sys
