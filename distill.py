@@ -165,7 +165,7 @@ def newest(task_name, stage, optional=False):
 
 
 def load_teacher(args, out_dir):
-    """The teacher that --teacher names, a resumed run had, or is the newest, and its task as flags override it: (UNet, Task, its step).
+    """The teacher that --teacher names, a resumed run had, or is the newest, and its task as flags override it: (UNet, Task, its metadata).
 
     Raises InputError if it is no flow, or not of this task. Sets args.teacher to its path. A dry run needs no file: without
     one it gets the row's network without weights.
@@ -176,7 +176,7 @@ def load_teacher(args, out_dir):
     if training.absent(args, args.teacher):
         task = data.resolve_task(args)
         with torch.device("meta"):
-            return UNet(**network_config(task.model, task.condition, task.sigma_p, sigma_d=1.0)), task, None
+            return UNet(**network_config(task.model, task.condition, task.sigma_p, sigma_d=1.0)), task, dict(step=None)
     teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
     if meta["stage"] == "distill":
         raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
@@ -187,40 +187,40 @@ def load_teacher(args, out_dir):
         raise InputError(f"{args.teacher} holds the network {meta['task']['model']!r}, not {task.model!r}: its student is the same")
     if teacher.precond and teacher.precond["sigma_p"] != task.sigma_p:
         raise InputError(f"{args.teacher} was trained with --sigma_p {teacher.precond['sigma_p']}, not {task.sigma_p}: give the same")
-    return teacher, task, meta["step"]
+    return teacher, task, meta
 
 
 def start_network(args, task, teacher):
-    """What a new run starts from, by --init_from: (arguments of UNet, its weights). Raises InputError if the file named does not fit."""
-    start = teacher
+    """What a new run starts from, by --init_from: (arguments of UNet, its weights, its metadata). Raises InputError if the file named does not fit."""
+    start, meta = teacher, None
     if args.init_from != "teacher" and not training.absent(args, args.init_from):
         start, meta = load_model(args.init_from, model=task.model)
         if {**start.config, "one_step": teacher.config["one_step"]} != teacher.config:
             raise InputError(f"{args.init_from} is not the teacher's network with the teacher's sigma_p: start from a student of {args.teacher}")
         if meta["task"] and meta["task"]["name"] != task.name:
             raise InputError(f"{args.init_from} was trained for {meta['task']['name']}, not {task.name}")
-    return {**start.config, "one_step": True}, start.state_dict()
+    return {**start.config, "one_step": True}, start.state_dict(), meta
 
 
 def main(argv=None):
     args = parse_args(argv)
     perceptual = args.objective == "perceptual"
     out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
-    teacher, task, teacher_step = load_teacher(args, out_dir)
+    teacher, task, teacher_meta = load_teacher(args, out_dir)
     if perceptual and not task.condition:
         raise InputError(f"--loss perceptual compares with the photograph behind x_lr, which a network of {task.name} does not see")
     args.init_from = args.init_from or (newest(args.dataset, "distill", args.dry_run) if perceptual else "teacher")
 
     # --- processes and device ---
     run = training.begin("distill", task, args, out_dir)
-    run.settings["teacher_step"] = teacher_step
+    run.settings["teacher_step"] = teacher_meta["step"]
 
     # --- data ---
-    train_paths, val_paths = training.find_data(run)
+    checkpoint = training.find_checkpoint(run)
+    config, weights, meta = (checkpoint["model"], None, None) if checkpoint else start_network(args, task, teacher)
+    train_paths, val_paths = training.find_pictures(run, checkpoint, [teacher_meta, meta])
 
     # --- model ---
-    checkpoint = training.find_checkpoint(run)
-    config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, teacher)
     with torch.device("meta" if args.dry_run else "cpu"):
         model = UNet(**config)
     training.announce(run, model, train_paths, val_paths)

@@ -33,6 +33,7 @@ from PIL import Image
 import data
 from console import InputError, atomic_write, in_range
 from degradations import H_T, H, degrade, to_float
+from folders import note, trained_on
 from kernels import noise_augment, to_uint8
 from metrics import METRICS, check_size, load_lpips, measure, pick_metrics, psnr_rgb
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
@@ -106,21 +107,36 @@ def find_pairs(restored, truth):
     return [(stem, a[stem], b[stem]) for stem in a]
 
 
-def find_truth(task, data_dir, count):
+def find_truth(task, data_dir, count, networks, trained_too):
     """The true pictures: ({stem: path}, what they are in words).
 
-    Those that data.find_pictures finds marked for validation, else everything (find_data would keep nineteen in
-    twenty for training); of these `count`, spread evenly, or all (0). Raises InputError if there are none.
+    A folder's validation pictures, or, where none are marked, all of it; less those that one of the networks was trained
+    on, unless trained_too; of these `count`, spread evenly, or all (0). Raises InputError if none is left.
     """
-    folder, paths, val = data.find_pictures(task, data_dir)
-    chosen = data.spread(val or paths, count or len(paths))
-    return by_stem(chosen, folder), f"{len(chosen)} {'validation pictures' if val else 'pictures, none marked for validation,'} of {folder}"
+    split = data.find_split(task, data_dir)
+    paths = [split.folder / f for f in (split.val if split.marked else sorted(split.train + split.val))]
+    what = f"{'validation pictures' if split.marked else 'pictures, none marked for validation,'} of {split.folder}"
+    seen, alike = (set().union(*lists) for lists in zip(([], []), *(trained_on(paths, n.memory) for n in networks)))
+    if seen and trained_too:
+        what += f", {len(seen)} of them trained on,"
+    elif seen:
+        paths = [p for p in paths if p not in seen]
+        what += f" less {len(seen)} trained on"
+        if not paths:
+            raise InputError(f"all {len(seen)} pictures of {split.folder} were trained on by {' or '.join(n.name for n in networks)}: "
+                             "name others, or measure them all the same with --trained_too")
+    if alike := alike & set(paths):
+        note(f"{len(alike)} pictures, as {min(alike)}, have the names of pictures that were trained on but are other files: if they show the same, "
+             "what follows is no measure of pictures never seen")
+    chosen = data.spread(paths, count or len(paths))
+    return by_stem(chosen, split.folder), f"{len(chosen)} {what}"
 
 
 def load_truth(path, task):
-    """A true picture, (H, W, 3) uint8: the task's centre crop, or the whole picture less what exceeds a multiple of the scale."""
+    """A true picture, (H, W, 3) uint8: the task's centre crop, or the whole picture less what exceeds a multiple of the scale. Raises InputError if it is too small."""
     image = read_image(path)
     if task.crop == "center":
+        data.check_side(path, *image.shape[:2], task)
         image = np.asarray(data.center_crop(Image.fromarray(image), task.image_size))
     height, width = (n - n % task.scale for n in image.shape[:2])
     check_size(path, height, width, task.scale)
@@ -128,8 +144,8 @@ def load_truth(path, task):
 
 
 def bicubic(x_lr, task):
-    """The row that betrays a wrong protocol: bicubic enlargement, (B, 3, H, W). For the task bicubic x_lr is that already."""
-    if task.degradation == "bicubic":
+    """The row that betrays a wrong protocol: bicubic enlargement, (B, 3, H, W). But for avgpool x_lr is that already."""
+    if task.degradation != "avgpool":
         return x_lr
     return H_T(H(x_lr, task.degradation, task.scale), "bicubic", task.scale)  # H undoes the repetition exactly
 
@@ -146,6 +162,7 @@ class Network:
     task: data.Task
     sha256: str  # of the file, its beginning
     step: int  # how long it was trained; None if the file does not say
+    memory: dict  # of the lists it was trained on (folders.remember); None if the file does not say
 
 
 @dataclass
@@ -180,7 +197,7 @@ def load_network(path, device, args):
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     name = f"{path.absolute().parent.name}_{path.stem}" if path.stem.startswith("ckpt") else path.stem
-    return Network(name, path, net, stage, task, digest.hexdigest()[:12], meta.get("step"))
+    return Network(name, path, net, stage, task, digest.hexdigest()[:12], meta.get("step"), meta.get("data"))
 
 
 def check_networks(networks, args):
@@ -189,7 +206,7 @@ def check_networks(networks, args):
         for other in networks[:i]:
             if n.name == other.name:
                 raise InputError(f"{other.path} and {n.path} would both be called {n.name}: rename one")
-            for cell in ("degradation", "scale", "sigma_n", "crop", "image_size"):
+            for cell in ("degradation", "strength", "scale", "sigma_n", "crop", "image_size"):
                 a, b = getattr(other.task, cell), getattr(n.task, cell)
                 if a != b and not (cell == "image_size" and n.task.crop == "random"):
                     raise InputError(f"{other.path} and {n.path} have different tasks ({cell} {a} and {b}): measure them apart, or give --{cell}")
@@ -316,6 +333,7 @@ def parse_args(argv):
     p.add_argument("--data_dir", help="folder of true pictures: its val/, else those of the task's list, else all (default: data/DATASET)")
     p.add_argument("--pairs", nargs=2, metavar=("RESTORED", "TRUE"), help="measure a folder of pictures against another instead")
     p.add_argument("--pictures", type=whole, default=0, help="measure this many pictures, spread evenly; 0: all")
+    p.add_argument("--trained_too", action="store_true", help="measure what a network was trained on, too, which is left out otherwise")
     p.add_argument("--seeds", type=positive, default=3, help="repeat with the seeds 0 to SEEDS - 1: x_0 is random")
     p.add_argument("--t", type=dial, help="where to set the dial (default: 0,0.25,0.5,0.75,1 for a student; 1, the whole path, for a flow)")
     p.add_argument("--solver", type=solvers, help=f"of a flow, one or several of {','.join(SOLVERS)} (default: midpoint)")
@@ -371,6 +389,11 @@ def measure_pairs(args, device):
         write_json(args.json, protocol, [row])
 
 
+def how_degraded(task):
+    strength = "drawn" if task.strength < 0 else f"{task.strength:g}"
+    return f"real, strength {strength}," if task.degradation == "real" else task.degradation
+
+
 def describe(networks, rows, task, what, args, dtype, device):
     """The protocol: (dict, one line, a line for each network with its cost)."""
     parts = []
@@ -380,9 +403,9 @@ def describe(networks, rows, task, what, args, dtype, device):
         parts.append(dict(name=n.name, file=str(n.path), sha256=n.sha256, stage=n.stage, step=n.step, sigma_p=n.task.sigma_p, how=how,
                           parameters=sum(p.numel() for p in n.net.parameters()), gmacs_256=count_macs(n.net, 256, 256) / 1e9))
     cut = f"centre {task.image_size}" if task.crop == "center" else f"whole, to multiples of {task.scale}"
-    protocol = dict(pictures=what, cut=cut, H=task.degradation, scale=task.scale, sigma_n=task.sigma_n, seeds=list(range(args.seeds)), networks=parts,
+    protocol = dict(pictures=what, cut=cut, H=how_degraded(task), scale=task.scale, sigma_n=task.sigma_n, seeds=list(range(args.seeds)), networks=parts,
                     dtype=str(dtype).removeprefix("torch."), tile=args.tile, device=str(device), torch=torch.__version__)
-    line = (f"{what} ({cut}), H {task.degradation} x{task.scale}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
+    line = (f"{what} ({cut}), H {how_degraded(task)} x{task.scale}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
             + "".join(f"{p['name']} = {p['file']} sha256 {p['sha256']}, sigma_p {p['sigma_p']:g}, {p['how']}; " for p in parts)
             + f"{protocol['dtype']}, tile {args.tile}, {device}, torch {torch.__version__}")
     costs = [f"{p['name']}: {p['stage']}, step {'unknown' if p['step'] is None else p['step']}, {p['parameters']:,} parameters, "
@@ -407,7 +430,7 @@ def main(argv=None):
     args.dataset = args.dataset or "photos"
     task = networks[0].task if networks else data.resolve_task(args)
     rows = plan_rows(networks, args)
-    sources, what = find_truth(task, args.data_dir, args.pictures)
+    sources, what = find_truth(task, args.data_dir, args.pictures, networks, args.trained_too)
     out_dir = Path(args.out_dir)
     for path in sources.values():
         load_truth(path, task)
@@ -435,7 +458,7 @@ def main(argv=None):
         write_image(truth[stem], load_truth(sources[stem], task))
     results = []
     for row in rows:
-        seeds = range(args.seeds) if row.network or task.sigma_n else [0]  # without noise, bicubic has no seed
+        seeds = range(args.seeds) if row.network or task.sigma_n or task.degradation == "real" else [0]  # without noise, bicubic has no seed
         parts = [run_row(row, truth, task, seeds, out_dir, metrics, dtype, args.tile, args.tile_pad)]
         if world > 1:
             gathered = [None] * world

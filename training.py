@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import folders
 from console import InputError, atomic_write, in_range
 from degradations import to_float
 from model import UNet, count_macs, keep_freed_memory, load_checkpoint, pick_device, pick_dtype, save_release
@@ -91,6 +92,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype  # of the network's arithmetic
     settings: dict  # what a checkpoint keeps of all this
+    memory: dict = None  # and of the lists of pictures: folders.remember's
 
     @property
     def master(self):
@@ -153,17 +155,6 @@ def absent(args, path):
     return args.dry_run and not (path and Path(path).is_file())
 
 
-def find_data(run):
-    """The training and the validation files of the run's task; none where a dry run finds none, which it says."""
-    try:
-        return data.find_data(run.task, run.args.data_dir)
-    except InputError as e:
-        if not run.args.dry_run:
-            raise
-        run.say(str(e))
-        return [], []
-
-
 def find_checkpoint(run):
     """The checkpoint that --init_from resume goes on from, None for a new run. Raises InputError if it is another run's, or would be overwritten."""
     path = run.out_dir / "ckpt.pt"
@@ -182,6 +173,27 @@ def find_checkpoint(run):
         if (before := checkpoint["args"].get(key)) != run.settings.get(key):
             raise InputError(f"{path} was trained with --{flag} {before}: to resume, give the same")
     return checkpoint
+
+
+def find_pictures(run, checkpoint, origins=()):
+    """The files for training and for validation: two lists of paths. Each picture keeps the part that it had when the run began.
+
+    origins: the metadata of what the run learns or starts from; what those were trained on is remembered with it, and what
+    they held out stays out. A dry run goes on without pictures, and says why.
+    """
+    before = [meta["data"] for meta in origins if meta and meta.get("data")]
+    memory = (checkpoint or {}).get("data") or {}
+    try:
+        split = data.find_split(run.task, run.args.data_dir, memory or (before[0] if before else None), quiet=not memory)
+        pictures = data.check_split(split, run.task)
+    except InputError as e:
+        if not run.args.dry_run:
+            raise
+        run.say(str(e))
+        return [], []
+    if run.master and not run.args.dry_run:
+        run.memory = {**folders.remember(split), "before": memory.get("before", before)}
+    return pictures
 
 
 def announce(run, model, train_paths, val_paths):
@@ -223,7 +235,7 @@ def save(run, state, name="ckpt.pt"):
         raise InputError(f"the weights are not finite at step {state.step}: lower --learning_rate; {run.out_dir}/ckpt.pt stays as it was")
     critic = dict(critic=state.critic.state_dict()) if state.critic else {}
     save_checkpoint(run.out_dir / name, dict(
-        stage=run.stage, task=asdict(run.task), model=state.model.config, step=state.step, scores=state.scores, args=run.settings,
+        stage=run.stage, task=asdict(run.task), model=state.model.config, step=state.step, scores=state.scores, args=run.settings, data=run.memory,
         params=state.model.state_dict(), ema=state.ema.state_dict(), optimizers=[o.state_dict() for o in state.optimizers], **critic))
 
 
@@ -248,7 +260,7 @@ def save_checkpoint(path, checkpoint):
 def release(run, state, ema_model):
     """Write weights.safetensors: the averaged weights to keep or to share."""
     state.ema.copy_to(ema_model)
-    save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores))
+    save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores, data=run.memory))
 
 
 # --- one step ---
