@@ -29,7 +29,7 @@ from evaluate import validate
 from metrics import load_lpips
 from model import UNet, load_checkpoint, load_model, network_config
 from perceptual import Critic, add_perceptual_flags, critic_loss, perceptual_losses
-from pictures import write_image
+from pictures import write_picture
 from sample import RK2_NODES, integrate, mean_slope, one_step
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
@@ -264,7 +264,7 @@ def main(argv=None):
                 state.ema.copy_to(ema_model)
                 state.scores, grid = validate(predict, val, task, lpips, run.device)
                 training.log(run, dict(step=state.step, **state.scores))
-                write_image(run.out_dir / f"val_{state.step:07d}.png", grid)
+                write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
             if run.master:
                 training.save(run, state)
                 if args.always_save_checkpoint:

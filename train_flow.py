@@ -25,7 +25,7 @@ from degradations import degrade
 from evaluate import validate
 from metrics import load_lpips
 from model import PRESETS, UNet, load_model, network_config
-from pictures import write_image
+from pictures import write_picture
 from sample import integrate, one_step
 
 
@@ -116,7 +116,7 @@ def main(argv=None):
                 state.ema.copy_to(ema_model)
                 state.scores, grid = validate(predict, val, task, lpips, run.device)
                 training.log(run, dict(step=state.step, **state.scores))
-                write_image(run.out_dir / f"val_{state.step:07d}.png", grid)
+                write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
             if run.master:
                 training.save(run, state)
                 if args.always_save_checkpoint:
