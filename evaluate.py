@@ -191,8 +191,8 @@ def load_network(path, device, args):
         task = data.resolve_task(args, data.Task(**meta["task"]))
     else:
         raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
-    if not task.condition:
-        raise InputError(f"{path} is unconditional: its pictures have no true ones to be measured against")
+    if not task.condition and task.sigma_p == 1:
+        raise InputError(f"{path} draws pictures out of nothing: there are no true ones to measure them against")
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):
