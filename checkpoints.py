@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from console import InputError, atomic_write
+from console import InputError, atomic_path, atomic_write
 
 
 def save_checkpoint(path, checkpoint):
@@ -37,13 +37,11 @@ def one_before(path):
 
 def copy_file(path, to):
     """The same file under another name, which what is written to `path` later does not change: a link, where the file system has them."""
-    tmp = to.with_name(f".{to.name}.tmp")
-    tmp.unlink(missing_ok=True)
-    try:
-        os.link(path, tmp)
-    except OSError:
-        shutil.copyfile(path, tmp)
-    os.replace(tmp, to)
+    with atomic_path(to) as tmp:
+        try:
+            os.link(path, tmp)
+        except OSError:
+            shutil.copyfile(path, tmp)
 
 
 def load_checkpoint(path):

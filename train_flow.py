@@ -21,9 +21,9 @@ import kernels
 import training
 from console import InputError, in_range
 from degradations import degrade
+from flow import integrate, one_step
 from metrics import load_lpips
 from model import PRESETS, UNet, load_model, network_config, preset_name
-from sample import integrate, one_step
 
 
 def parse_args(argv):
@@ -33,7 +33,7 @@ def parse_args(argv):
     p.add_argument("--t0_share", type=in_range(float, 0, 0.99), default=0, help="share of the pictures trained at t = 0 alone, where the most faithful picture comes from")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
     p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), auto (resume where there is something to resume, else scratch), or a file of weights to start from")
-    training.add_training_flags(p, max_iters=100_000)
+    training.add_training_flags(p)
     return p.parse_args(argv)
 
 
@@ -75,14 +75,9 @@ def main(argv=None):
 
     # --- data ---
     checkpoint = training.find_checkpoint(run)
-    start, meta = (None, None) if args.init_from in ("scratch", "resume") else load_model(args.init_from, model=task.model)
-    try:
-        train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
-    except InputError as e:
-        if not args.dry_run:
-            raise
-        train_paths, val_paths = [], []
-        run.say(str(e))
+    named = args.init_from not in ("scratch", "resume") and not training.absent(args, args.init_from)
+    start, meta = load_model(args.init_from, model=task.model) if named else (None, None)
+    train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
 
     # --- model ---
     config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths, start, meta)
@@ -129,7 +124,7 @@ def main(argv=None):
             if state.step >= args.max_iters or stop:
                 break
 
-            training.set_learning_rate(run, state)
+            training.before_update(run, state)
             for micro in range(args.gradient_accumulation_steps):
                 x_1, n, seeds, t = training.next_batch(run, batches)
                 x_in, target, t = make_pair(x_1, seeds, t, task, args)

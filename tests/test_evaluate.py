@@ -17,7 +17,7 @@ import evaluate
 from console import InputError
 from degradations import to_float
 from model import UNet, network_config, save_release
-from pictures import read_image, write_image
+from pictures import read_image, write_picture
 from test_metrics import batch, smooth
 
 ROOT = Path(evaluate.__file__).parent
@@ -28,7 +28,7 @@ ROOT = Path(evaluate.__file__).parent
 
 def write(folder, **pictures):
     for name, x in pictures.items():
-        write_image(folder / name.replace("__", "/").replace("_png", ".png").replace("_bmp", ".bmp"), x)
+        write_picture(folder / name.replace("__", "/").replace("_png", ".png").replace("_bmp", ".bmp"), x)
     return folder
 
 

@@ -203,13 +203,10 @@ def test_ranks_do_not_outlive_torchrun(photos, tmp_path):  # noqa: F811
     assert f"stopped by a signal at step {load_checkpoint(tmp_path / 'ckpt.pt')['step']}" in rest
 
 
-def test_an_old_log_is_set_aside_and_leftovers_are_swept(photos, tmp_path, capsys):  # noqa: F811
+def test_an_old_log_is_set_aside(photos, tmp_path, capsys):  # noqa: F811
     (tmp_path / "log.jsonl").write_text('{"step": 7, "loss": 1}\n')
-    (tmp_path / ".ckpt.pt.tmp").write_bytes(b"half")
     run(train_flow, photos, tmp_path, "--max_iters", 1)
     assert "it is now log_before.jsonl" in capsys.readouterr().out and (tmp_path / "log_before.jsonl").read_text() == '{"step": 7, "loss": 1}\n'
-    assert list(tmp_path.glob(".*")) == []
-
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a disk that is always full")
 def test_a_log_on_a_full_disk_is_named_and_the_training_goes_on(tmp_path, capsys):
