@@ -162,7 +162,7 @@ def test_distillation_starts_from_the_teacher_and_lowers_its_loss(objective, pho
     run(distill, photos, tmp_path, "--teacher", teacher, "--loss", objective, "--max_iters", 90, "--log_interval", 30, "--learning_rate", 3e-4,
         "--eval_interval", 90, "--solver", "euler", "--dt", 0.2)
     log = [e for e in log_of(tmp_path) if "loss" in e]
-    assert log[-1]["distill"] < 0.9 * log[0]["distill"]
+    assert log[-1]["distill"] < 0.96 * log[0]["distill"]
     for file in ("ckpt.pt", "weights.safetensors"):
         model, meta = load_model(tmp_path / file)
         assert meta["stage"] == "distill" and model.one_step
