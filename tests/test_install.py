@@ -1,6 +1,5 @@
 """The package `oftsr`: in a wheel and in a clone; nothing of a common name beside it, and nobody's data.py taken for ours."""
 import ast
-import json
 import os
 import re
 import subprocess
