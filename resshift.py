@@ -1,27 +1,23 @@
 """ResShift (Yue et al. 2023): its Swin U-Net and its VQ autoencoder under the published names, its schedule, its own sampler.
 
-    teacher = ResShift.published("resshift_realsrx4_s4_v3.pth", "autoencoder_vq_f4.pth")
+    teacher = load_teacher("resshift:resshift_realsrx4_s4_v3.pth", args)[0]     # args.autoencoder names autoencoder_vq_f4.pth
     v = teacher(x_in, t)                      # x_in = concat(x_t, z_lr): (B, 6, h, w) latents, t: (B,) -> v: (B, 3, h, w)
     z_1 = teacher.ancestral(x_in, seeds)      # 4 or 15 steps of its own
 
 With schedule=None the same backbone is trained as this project's flow, the paper's ResShift*: train_flow.py --model resshift.
 """
 import math
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import kernels
 from console import InputError
-from model import Conv3x3, NormSiLU, ResBlock, Stage, UpConv, timestep_embedding
+from model import PRESETS, Conv3x3, NormSiLU, ResBlock, Stage, UpConv, _read_release, load_model, timestep_embedding
 from teachers import Teacher, fill, linear_path, read_state
 
-# image_size: of the pictures (or latents) it was made for, which fixes where there is attention (the sizes in `attention`)
-# and that windows are not shifted where one fills the map. swin_*: depth and width of each attention layer.
-SWINUNET = dict(image_size=64, channels=160, mults=(1, 2, 2, 4), blocks=2, attention=(64, 32, 16, 8), swin_depth=2,
-                swin_channels=192, head_channels=32, window=8, mlp_ratio=4)
-SMALL = dict(image_size=32, channels=32, mults=(1, 2), blocks=1, attention=(16,), swin_depth=2, swin_channels=32, head_channels=16, window=8, mlp_ratio=2)
+SWINUNET = PRESETS["resshift"]["net"]
 VQ_F4 = dict(channels=128, mults=(1, 2, 4), blocks=2, codes=8192)
 # kappa: noise in units of the latents' deviation; min_noise: kappa sqrt(eta_1); power: how fast eta rises; pixels: no latents.
 SCHEDULES = {4: dict(steps=4, kappa=2.0, min_noise=0.2, power=0.3), 15: dict(steps=15, kappa=2.0, min_noise=0.04, power=0.3)}
@@ -69,18 +65,21 @@ class WindowAttention(nn.Module):
 
     def __init__(self, channels, window, heads):
         super().__init__()
-        self.heads, side = heads, torch.arange(window)
+        self.heads, self.window = heads, window
         self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * window - 1) ** 2, heads), std=0.02))
-        y, x = (a.flatten() for a in torch.meshgrid(side, side, indexing="ij"))
-        offset = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1  # (N, N)
-        self.register_buffer("offset", offset, persistent=False)
         self.qkv, self.proj = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+
+    def offsets(self, device):
+        """(N, N): the row of the table for each pair of positions of a window."""
+        i = torch.arange(self.window**2, device=device)
+        dy, dx = (a[:, None] - a + self.window - 1 for a in (i // self.window, i % self.window))
+        return dy * (2 * self.window - 1) + dx
 
     def forward(self, x, mask):
         B, n, N, C = x.shape
         # Windows stand beside heads: one (n heads, N, N) bias serves the whole batch.
         q, k, v = self.qkv(x).view(B, n, N, 3, self.heads, -1).permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
-        bias = self.relative_position_bias_table[self.offset].permute(2, 0, 1) + mask[:, None]  # (n, heads, N, N)
+        bias = self.relative_position_bias_table[self.offsets(x.device)].permute(2, 0, 1) + mask[:, None]  # (n, heads, N, N)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.flatten(0, 1)[None].to(q.dtype))  # (B, n heads, N, C/heads)
         return self.proj(h.unflatten(1, (n, self.heads)).transpose(2, 3).reshape(B, n, N, C))
 
@@ -170,6 +169,8 @@ class Up(nn.Module):
 class SwinUNet(nn.Module):
     """ResShift's network: concat(x, lq) (B, 6, H, W), step (B,) in [0, steps-1], fractions too -> (B, 3, H, W).
 
+    image_size: of the pictures (or latents) it was made for, which fixes where there is attention (at the sizes in
+    `attention`) and that windows are not shifted where one fills the map. swin_*: depth and width of each attention layer.
     H, W multiples of `multiple`. Raises ValueError for others.
     """
 
@@ -328,39 +329,46 @@ class ResShift(Teacher):
     Between the steps that it was trained at, ResShift is asked at the fraction of a step whose sqrt(eta) is the state's, and
     below the first step (t > t_last) at the first: what remains there is the one jump to its prediction.
     """
-    family = "resshift"
-
     def __init__(self, net, schedule=None, sigma_p=None, autoencoder=None, one_step=False):
         super().__init__(SwinUNet(**net), "velocity" if schedule is None else "x_1", one_step=one_step)
-        self.config = dict(family=self.family, net={k: list(v) if isinstance(v, tuple) else v for k, v in net.items()},
-                           schedule=schedule, sigma_p=sigma_p, autoencoder=autoencoder, one_step=one_step)
-        self.schedule, self.sigma_p, self.multiple = schedule, sigma_p, self.net.multiple
+        plain = lambda d: {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()} if d else None
+        self.config = dict(family="resshift", net=plain(net), schedule=plain(schedule), sigma_p=sigma_p, autoencoder=plain(autoencoder), one_step=one_step)
+        self.schedule, self.sigma_p = schedule, sigma_p
         self.autoencoder = VQAutoencoder(**autoencoder).requires_grad_(False) if autoencoder else None
-        if autoencoder:
-            self.factor = self.autoencoder.factor
+        self.factor = self.autoencoder.factor if autoencoder else 1
+        self.multiple, self.t_last = self.net.multiple * self.factor, 1.0
         if schedule:
             self.times = {k: v for k, v in schedule.items() if k != "pixels"}
             self.t_last = 1 - sqrt_eta(0, **self.times) / SQRT_ETA_END
 
     @classmethod
-    def published(cls, path, autoencoder=None, steps=4):
-        """The teacher in a published file and its autoencoder's (without one: made for pictures); 4 or 15 steps, which the file does not say."""
-        if steps not in SCHEDULES:
-            raise InputError(f"ResShift was published with {' and '.join(map(str, SCHEDULES))} steps, not {steps}")
-        teacher = cls(SWINUNET, dict(SCHEDULES[steps], pixels=autoencoder is None), autoencoder=VQ_F4 if autoencoder else None)
-        fill(teacher.net, read_state(path), path, "ResShift's network")
-        if autoencoder:
-            fill(teacher.autoencoder, read_state(autoencoder), autoencoder, "ResShift's autoencoder (VQ, f4)")
-        return teacher.eval().requires_grad_(False)
+    def published(cls, path, args):
+        """The teacher in a file, one of this project or a published one, and its metadata: args has --autoencoder and --chain.
+
+        A published file holds the network alone: its autoencoder is another, and the steps of its chain are --chain.
+        """
+        state = None if str(path).endswith(".safetensors") and Path(path).is_file() and _read_release(path)[0] else read_state(path)
+        if state is None:
+            teacher, meta = load_model(path)
+            if not isinstance(teacher, cls) or teacher.one_step:
+                raise InputError(f"{path} holds no ResShift to learn from")
+            return teacher, meta
+        teacher = cls(SWINUNET, dict(SCHEDULES[args.chain], pixels=args.autoencoder is None), autoencoder=VQ_F4 if args.autoencoder else None)
+        fill(teacher.net, state, path, "ResShift's network")
+        if args.autoencoder:
+            fill(teacher.autoencoder, read_state(args.autoencoder), args.autoencoder, "ResShift's autoencoder (VQ, f4)")
+        return teacher, {"task": None, "step": None}
 
     def path(self, t):
         return shift_path(t, self.schedule["kappa"]) if self.schedule else linear_path(t, self.sigma_p)
 
-    def encode(self, x):
-        return self.autoencoder.encode(x) if self.autoencoder else x
+    @torch.no_grad()
+    def to_latents(self, x):
+        return self.autoencoder.encode(x).float() if self.autoencoder else x
 
-    def decode(self, z):
-        return self.autoencoder.decode(z) if self.autoencoder else z
+    @torch.no_grad()
+    def to_pixels(self, z):
+        return self.autoencoder.decode(z).float() if self.autoencoder else z
 
     def predict(self, x_t, z_lr, t):
         if not self.schedule:

@@ -16,8 +16,8 @@ import torch
 import torch.nn as nn
 
 import kernels
-from console import InputError
-from model import _read_release, load_checkpoint
+from console import InputError, in_range
+from model import FAMILIES, _read_release, build, find_family, load_checkpoint
 
 LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 or eps would be 0 / 0
 BUFFERS = ("relative_position_index", "attn_mask")  # of published files, computed here
@@ -102,53 +102,99 @@ def guided(predict, scale):
 class Teacher(nn.Module):
     """A flow of another family, called as ours is: forward(x_in = concat(x_t, z_lr), t) = v.
 
-    What a family (or an object of yours) says of itself:
-    net, predicts   the network, and what it predicts: one of PREDICTS
-    path(t)         ((a, b, c), (a', b', c')) of x_t = a x_1 + b z_lr + c eps
-    predict(...)    how it is asked: x_t, z_lr (B, C, h, w), t (B,) -> its output
-    encode, decode  pictures (B, 3, H, W) in [-1, 1] to its space (B, C, H / factor, W / factor), and back
-    channels, factor, multiple   C; pixels a latent; sizes in latents are multiples of this
-    t_last          the largest t it was trained at: from there one step leads to 1
-    evaluations     network evaluations a call (2 with guidance)
-    one_step        a student: its input is always x_0, so the path's numbers are those of t = 0, and t is only told.
+    What a family, or an object of yours, says of itself, and model.UNet too:
+    net, predicts    the network, and what it predicts: one of PREDICTS
+    path(t)          ((a, b, c), (a', b', c')) of x_t = a x_1 + b z_lr + c eps
+    predict(...)     how it is asked: x_t, z_lr (B, C, h, w), t (B,) -> its output
+    to_latents, to_pixels   pictures (B, 3, H, W) in [-1, 1] to its space (B, C, H / factor, W / factor), and back
+    latent_channels, factor, multiple   C; pixels a latent; heights and widths in pixels are multiples of this
+    t_last           the largest t it was trained at: from there one step leads to 1
+    evaluations      network evaluations a call (2 with guidance)
+    one_step         a student: its input is always x_0, so the path's numbers are those of t = 0, and t is only told
+    config           the arguments that model.build makes it of, with its "family"
     """
-    family, config = None, None
-    channels, factor, multiple, t_last, evaluations = 3, 1, 1, 1.0, 1
+    latent_channels, factor, multiple, t_last, evaluations, precond = 3, 1, 1, 1 - 1e-3, 1, None
 
     def __init__(self, net, predicts="x_1", path=linear_path, one_step=False):
         super().__init__()
         if predicts not in PREDICTS:
             raise InputError(f"a teacher predicts one of {', '.join(PREDICTS)}, not {predicts!r}")
-        self.net, self.predicts, self.one_step = net, predicts, one_step
+        self.net, self.predicts, self.one_step, self.config = net, predicts, one_step, {}
         self.path = path
 
     def predict(self, x_t, z_lr, t):
         return self.net(x_t, z_lr, t)
 
-    def encode(self, x):
+    def to_latents(self, x):
         return x
 
-    def decode(self, z):
+    def to_pixels(self, z):
         return z
 
-    def start(self, z_lr, seeds):
-        """concat(x_0, z_lr), the path's point at t = 0 with z_lr for x_1: z_lr (B, C, h, w), seeds (B,) int64 -> (B, 2C, h, w)."""
+    def start(self, z_lr, sigma_p, seeds):
+        """concat(x_0, z_lr), the path's point at t = 0 with z_lr for x_1: z_lr (B, C, h, w), seeds (B,) int64 -> (B, 2C, h, w).
+
+        The path says its noise itself: sigma_p, the task's, is not read.
+        """
         (a, b, c), _ = self.path(torch.zeros(1, device=z_lr.device))
-        x_0 = (a + b) * z_lr + c * kernels.normal(seeds.to(z_lr.device), z_lr.shape)
-        return torch.cat([x_0.to(z_lr.dtype), z_lr], dim=1)
+        z_lr = z_lr.float()
+        return torch.cat([(a + b) * z_lr + c * kernels.normal(seeds, z_lr.shape), z_lr], dim=1)
 
     def student(self):
-        """The network that a distillation starts from: the teacher's own, told that its input is x_0."""
-        student = copy.deepcopy(self).requires_grad_(True)
-        student.one_step = True
+        """The network that distillation starts from: the teacher's own, told that its input is x_0."""
+        student = copy.deepcopy(self)
+        for mine, its in zip(student.parameters(), self.trainable()):
+            mine.requires_grad_(its)
+        student.one_step, student.config = True, {**self.config, "one_step": True}
         return student
+
+    def trainable(self):
+        """Which parameters a student trains, in their order: the network's, not the autoencoder's."""
+        return [name.startswith("net.") for name, _ in self.named_parameters()]
 
     def forward(self, x_in, t):
         t = t.to(x_in.device).float().expand(x_in.shape[0])
         x_t, z_lr = (x_in if x_in.dtype == torch.float64 else x_in.float()).chunk(2, dim=1)
-        t = t.clamp(max=LAST)
+        t = t if self.one_step else t.clamp(max=LAST)
         out = self.predict(x_t, z_lr, t).to(x_t.dtype)
         return to_velocity(x_t, z_lr, out, self.predicts, *self.path(torch.zeros_like(t) if self.one_step else t))
+
+
+# --- from the command line ---
+
+
+def add_teacher_flags(parser):
+    """What a teacher of another family needs beside --teacher."""
+    g = parser.add_argument_group("teachers of other families")
+    g.add_argument("--autoencoder", help="resshift: the file of its autoencoder (without one it works on pictures)")
+    g.add_argument("--chain", type=int, choices=(4, 15), default=4, help="resshift: steps that it was trained for, where the file does not say (default: 4)")
+    g.add_argument("--lora", type=in_range(int, 1), help="dit4sr: train a low-rank addition of this rank, not the whole network")
+    g.add_argument("--guidance", type=in_range(float, 1), help="dit4sr: scale of classifier-free guidance, two evaluations a call (default: 1, none)")
+
+
+def names_family(spec):
+    """Whether --teacher names a family and its file, FAMILY:FILE, or a function, package.module:function; else it is a file of ours."""
+    head, colon, tail = spec.partition(":")
+    return bool(colon) and not Path(spec).exists() and (head in FAMILIES or len(head) > 1 and f"{head}.{tail}".replace(".", "").isidentifier())
+
+
+def load_teacher(spec, args):
+    """The teacher that a spec names, and the metadata of its file: (Teacher in evaluation mode, {"task", "step"}). Raises InputError.
+
+    args: an object with the flags of add_teacher_flags. A function is called without arguments and returns a Teacher, or
+    any module with what Teacher lists; naming it here is leave to import it.
+    """
+    head, _, tail = spec.partition(":")
+    meta = {"task": None, "step": None}
+    if head in FAMILIES:
+        family = find_family(head)
+        if not hasattr(family, "published"):
+            raise InputError(f"{spec}: weights of this project's own network are named without {head}:")
+        teacher, meta = family.published(tail, args)
+    else:
+        FAMILIES[spec] = spec
+        teacher = build({"family": spec})
+    return teacher.eval().requires_grad_(False), meta
 
 
 # --- files ---

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import kernels
 from degradations import degrade, to_float
-from model import save_release
-from resshift import SMALL, ResShift, sqrt_eta
+from model import PRESETS, save_release
+from resshift import ResShift, sqrt_eta
 
 
 def main(argv=None):
@@ -40,8 +40,8 @@ def main(argv=None):
     torch.manual_seed(0)
     # min_noise is kappa sqrt(eta_1), except where kappa < 1, as the published schedule has it: there sqrt(eta_1) itself
     schedule = dict(steps=args.steps, kappa=args.kappa, min_noise=args.min_noise, power=0.3, pixels=True)
-    net, average = (ResShift(dict(SMALL, image_size=task.image_size), schedule) for _ in range(2))
-    average.load_state_dict(net.state_dict())
+    net, average = (ResShift(PRESETS["resshift_small"]["net"], schedule) for _ in range(2))
+    average.requires_grad_(False).load_state_dict(net.state_dict())
     optimizer = torch.optim.Adam(net.parameters(), lr=args.learning_rate, fused=True)
     batches = data.training_batches(data.find_data(task, args.data_dir)[0], task, 0, args.batch_size, 0, 0, 1, 0)
     clock, total = time.time(), 0.0
@@ -60,7 +60,7 @@ def main(argv=None):
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - min(args.ema, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in net.parameters()], 1 - min(args.ema, (1 + step) / (10 + step)))
         total += loss.item()
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}  loss {total / 100:.5f}  pictures/s {100 * args.batch_size / (time.time() - clock):.1f}", flush=True)
