@@ -128,8 +128,8 @@ def load_truth(path, task):
 
 
 def bicubic(x_lr, task):
-    """The row that betrays a wrong protocol: bicubic enlargement, (B, 3, H, W). For the task bicubic x_lr is that already."""
-    if task.degradation == "bicubic":
+    """The row that betrays a wrong protocol: bicubic enlargement, (B, 3, H, W). But for avgpool x_lr is that already."""
+    if task.degradation != "avgpool":
         return x_lr
     return H_T(H(x_lr, task.degradation, task.scale), "bicubic", task.scale)  # H undoes the repetition exactly
 
@@ -189,7 +189,7 @@ def check_networks(networks, args):
         for other in networks[:i]:
             if n.name == other.name:
                 raise InputError(f"{other.path} and {n.path} would both be called {n.name}: rename one")
-            for cell in ("degradation", "scale", "sigma_n", "crop", "image_size"):
+            for cell in ("degradation", "strength", "scale", "sigma_n", "crop", "image_size"):
                 a, b = getattr(other.task, cell), getattr(n.task, cell)
                 if a != b and not (cell == "image_size" and n.task.crop == "random"):
                     raise InputError(f"{other.path} and {n.path} have different tasks ({cell} {a} and {b}): measure them apart, or give --{cell}")
@@ -371,6 +371,11 @@ def measure_pairs(args, device):
         write_json(args.json, protocol, [row])
 
 
+def how_degraded(task):
+    strength = "drawn" if task.strength < 0 else f"{task.strength:g}"
+    return f"real, strength {strength}," if task.degradation == "real" else task.degradation
+
+
 def describe(networks, rows, task, what, args, dtype, device):
     """The protocol: (dict, one line, a line for each network with its cost)."""
     parts = []
@@ -380,9 +385,9 @@ def describe(networks, rows, task, what, args, dtype, device):
         parts.append(dict(name=n.name, file=str(n.path), sha256=n.sha256, stage=n.stage, step=n.step, sigma_p=n.task.sigma_p, how=how,
                           parameters=sum(p.numel() for p in n.net.parameters()), gmacs_256=count_macs(n.net, 256, 256) / 1e9))
     cut = f"centre {task.image_size}" if task.crop == "center" else f"whole, to multiples of {task.scale}"
-    protocol = dict(pictures=what, cut=cut, H=task.degradation, scale=task.scale, sigma_n=task.sigma_n, seeds=list(range(args.seeds)), networks=parts,
+    protocol = dict(pictures=what, cut=cut, H=how_degraded(task), scale=task.scale, sigma_n=task.sigma_n, seeds=list(range(args.seeds)), networks=parts,
                     dtype=str(dtype).removeprefix("torch."), tile=args.tile, device=str(device), torch=torch.__version__)
-    line = (f"{what} ({cut}), H {task.degradation} x{task.scale}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
+    line = (f"{what} ({cut}), H {how_degraded(task)} x{task.scale}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
             + "".join(f"{p['name']} = {p['file']} sha256 {p['sha256']}, sigma_p {p['sigma_p']:g}, {p['how']}; " for p in parts)
             + f"{protocol['dtype']}, tile {args.tile}, {device}, torch {torch.__version__}")
     costs = [f"{p['name']}: {p['stage']}, step {'unknown' if p['step'] is None else p['step']}, {p['parameters']:,} parameters, "
@@ -435,7 +440,7 @@ def main(argv=None):
         write_image(truth[stem], load_truth(sources[stem], task))
     results = []
     for row in rows:
-        seeds = range(args.seeds) if row.network or task.sigma_n else [0]  # without noise, bicubic has no seed
+        seeds = range(args.seeds) if row.network or task.sigma_n or task.degradation == "real" else [0]  # without noise, bicubic has no seed
         parts = [run_row(row, truth, task, seeds, out_dir, metrics, dtype, args.tile, args.tile_pad)]
         if world > 1:
             gathered = [None] * world
