@@ -119,7 +119,7 @@ def newest(task_name, stage):
 
 
 def load_teacher(args, out_dir):
-    """The teacher that --teacher names, a resumed run had, or is the newest, and its task as flags override it: (UNet, Task, its step).
+    """The teacher that --teacher names, a resumed run had, or is the newest, and its task as flags override it: (UNet, Task, its metadata).
 
     Raises InputError if it is no flow, or not of this task. Sets args.teacher to its path.
     """
@@ -141,44 +141,63 @@ def load_teacher(args, out_dir):
         raise InputError(f"{args.teacher} holds the network {meta['task']['model']!r}, not {task.model!r}: its student is the same")
     if teacher.precond and teacher.precond["sigma_p"] != task.sigma_p:
         raise InputError(f"{args.teacher} was trained with --sigma_p {teacher.precond['sigma_p']}, not {task.sigma_p}: give the same")
-    return teacher, task, meta["step"]
+    return teacher, task, meta
 
 
 def start_network(args, task, teacher):
+<<<<<<< HEAD
     """The student that a new run starts from, by --init_from. Raises InputError if the file named does not fit."""
     start = teacher
+=======
+    """What a new run starts from, by --init_from: (arguments of UNet, its weights, its metadata). Raises InputError if the file named does not fit."""
+    start, meta = teacher, None
+>>>>>>> main
     if args.init_from != "teacher":
         start, meta = load_model(args.init_from, model=task.model)
         if {**start.config, "one_step": teacher.config.get("one_step")} != {**teacher.config, "one_step": teacher.config.get("one_step")}:
             raise InputError(f"{args.init_from} is not the teacher's network with the teacher's sigma_p: start from a student of {args.teacher}")
         if meta["task"] and meta["task"]["name"] != task.name:
             raise InputError(f"{args.init_from} was trained for {meta['task']['name']}, not {task.name}")
+<<<<<<< HEAD
     return start.student()
+=======
+    return {**start.config, "one_step": True}, start.state_dict(), meta
+>>>>>>> main
 
 
 def main(argv=None):
     args = parse_args(argv)
     perceptual = args.objective == "perceptual"
     out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
+<<<<<<< HEAD
     teacher, task, teacher_step = load_teacher(args, out_dir)
     if args.solver == "heun" and teacher.t_last < 1:
         raise InputError("heun asks at the step's end too, which this teacher was not trained at when that is 1: euler, midpoint or ralston")
     if perceptual and not hasattr(teacher, "features"):
         raise InputError("--loss perceptual looks through the encoder of a flow of this project's U-Net, which this teacher is not")
+=======
+    teacher, task, teacher_meta = load_teacher(args, out_dir)
+>>>>>>> main
     if perceptual and not task.condition:
         raise InputError(f"--loss perceptual compares with the photograph behind x_lr, which a network of {task.name} does not see")
     args.init_from = str(args.init_from or (newest(args.dataset, "distill") if perceptual else "teacher"))
 
     # --- processes and device ---
     run = training.begin("distill", task, args, out_dir)
-    run.settings["teacher_step"] = teacher_step
+    run.settings["teacher_step"] = teacher_meta["step"]
 
     # --- data ---
-    train_paths, val_paths = data.find_data(task, args.data_dir)
+    checkpoint = training.find_checkpoint(run)
+    config, weights, meta = (checkpoint["model"], None, None) if checkpoint else start_network(args, task, teacher)
+    train_paths, val_paths = training.find_pictures(run, checkpoint, [teacher_meta, meta])
 
     # --- model ---
+<<<<<<< HEAD
     checkpoint = training.find_checkpoint(run)
     model = build(checkpoint["model"]) if checkpoint else start_network(args, task, teacher)
+=======
+    model = UNet(**config)
+>>>>>>> main
     training.announce(run, model, train_paths, val_paths)
     if args.dry_run:
         return

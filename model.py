@@ -428,7 +428,7 @@ def load_model(path, device="cpu", model=None):
         checkpoint = load_checkpoint(path)
         if "ema" not in checkpoint:
             raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
-        meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model")}
+        meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model", "data")}
         state = checkpoint["ema"]["shadow_params"]
     if not meta or not meta.get("model"):
         if model is None:

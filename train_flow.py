@@ -56,13 +56,12 @@ def make_pair(x_1, seeds, t, task, args, to_latents):
     return *kernels.flow_training_pair(to_latents(x_1), to_latents(x_lr), t, task.sigma_p, seeds), t
 
 
-def start_network(args, task, train_paths):
-    """What a new run starts from, by --init_from: (arguments of UNet, its weights or None). Raises InputError if the file named does not fit."""
-    if args.init_from == "scratch":
+def start_network(args, task, train_paths, start, meta):
+    """What a new run starts from: (arguments of UNet, its weights or None). start and meta: what --init_from names, if a file. Raises InputError if it does not fit."""
+    if start is None:
         precond = PRESETS[task.model].get("precond")
         sigma_d = data.measure_sigma_d(train_paths, task, args.seed) if precond and train_paths else 1.0  # 1: a dry run without data
         return network_config(task.model, task.condition, task.sigma_p, sigma_d), None
-    start, meta = load_model(args.init_from, model=task.model)
     if meta["stage"] == "distill":
         raise InputError(f"{args.init_from} is a distilled student: stage 1 starts from scratch or from a flow")
     if start.precond and start.precond["sigma_p"] != task.sigma_p:
@@ -78,8 +77,10 @@ def main(argv=None):
     run = training.begin("flow", task, args, args.out_dir or f"out/{task.name}_flow")
 
     # --- data ---
+    checkpoint = training.find_checkpoint(run)
+    start, meta = (None, None) if args.init_from in ("scratch", "resume") else load_model(args.init_from, model=task.model)
     try:
-        train_paths, val_paths = data.find_data(task, args.data_dir)
+        train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
     except InputError as e:
         if not args.dry_run:
             raise
@@ -87,8 +88,7 @@ def main(argv=None):
         run.say(str(e))
 
     # --- model ---
-    checkpoint = training.find_checkpoint(run)
-    config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths)
+    config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths, start, meta)
     with torch.device("meta" if args.dry_run else "cpu"):
         model = build(config)
     training.announce(run, model, train_paths, val_paths)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import folders
 from console import InputError, atomic_write, in_range
 from degradations import to_float
 from model import UNet, count_macs, keep_freed_memory, load_checkpoint, pick_device, pick_dtype, save_release
@@ -80,6 +81,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype  # of the network's arithmetic
     settings: dict  # what a checkpoint keeps of all this
+    memory: dict = None  # and of the lists of pictures: folders.remember's
 
     @property
     def master(self):
@@ -156,6 +158,20 @@ def find_checkpoint(run):
     return checkpoint
 
 
+def find_pictures(run, checkpoint, origins=()):
+    """The files for training and for validation: two lists of paths. Each picture keeps the part that it had when the run began.
+
+    origins: the metadata of what the run learns or starts from; what those were trained on is remembered with it, and what
+    they held out stays out.
+    """
+    before = [meta["data"] for meta in origins if meta and meta.get("data")]
+    memory = (checkpoint or {}).get("data") or {}
+    split = data.find_split(run.task, run.args.data_dir, memory or (before[0] if before else None), quiet=not memory)
+    if run.master and not run.args.dry_run:
+        run.memory = {**folders.remember(split), "before": memory.get("before", before)}
+    return data.check_split(split, run.task)
+
+
 def announce(run, model, train_paths, val_paths):
     """Says what is about to run. Raises InputError if the network does not take the task's pictures."""
     args, size = run.args, run.task.image_size
@@ -195,7 +211,7 @@ def save(run, state, name="ckpt.pt"):
         raise InputError(f"the weights are not finite at step {state.step}: lower --learning_rate; {run.out_dir}/ckpt.pt stays as it was")
     critic = dict(critic=state.critic.state_dict()) if state.critic else {}
     save_checkpoint(run.out_dir / name, dict(
-        stage=run.stage, task=asdict(run.task), model=state.model.config, step=state.step, scores=state.scores, args=run.settings,
+        stage=run.stage, task=asdict(run.task), model=state.model.config, step=state.step, scores=state.scores, args=run.settings, data=run.memory,
         params=state.model.state_dict(), ema=state.ema.state_dict(), optimizers=[o.state_dict() for o in state.optimizers], **critic))
 
 
@@ -220,7 +236,7 @@ def save_checkpoint(path, checkpoint):
 def release(run, state, ema_model):
     """Write weights.safetensors: the averaged weights to keep or to share."""
     state.ema.copy_to(ema_model)
-    save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores))
+    save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores, data=run.memory))
 
 
 # --- one step ---
