@@ -9,7 +9,7 @@ import torch
 
 import resshift
 import teachers
-from resshift import ResShift, SwinUNet, VQAutoencoder
+from resshift import SwinUNet, VQAutoencoder
 
 GOLDEN = Path(os.environ.get("OFTSR_GOLDEN", "missing"))
 golden = pytest.mark.skipif(not (GOLDEN / "resshift").is_dir(), reason="OFTSR_GOLDEN names no folder with resshift/")
