@@ -130,7 +130,7 @@ def load_teacher(args, out_dir):
     args.teacher = str(args.teacher or newest(args.dataset, "flow"))
     if teachers.names_family(args.teacher):
         teacher, meta = teachers.load_teacher(args.teacher, args)
-        return teacher, data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None), meta["step"]
+        return teacher, data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None), meta
     teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
     if meta["stage"] == "distill":
         raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
@@ -145,39 +145,26 @@ def load_teacher(args, out_dir):
 
 
 def start_network(args, task, teacher):
-<<<<<<< HEAD
-    """The student that a new run starts from, by --init_from. Raises InputError if the file named does not fit."""
-    start = teacher
-=======
-    """What a new run starts from, by --init_from: (arguments of UNet, its weights, its metadata). Raises InputError if the file named does not fit."""
+    """The student that a new run starts from, by --init_from, and the metadata of its file. Raises InputError if that does not fit."""
     start, meta = teacher, None
->>>>>>> main
     if args.init_from != "teacher":
         start, meta = load_model(args.init_from, model=task.model)
         if {**start.config, "one_step": teacher.config.get("one_step")} != {**teacher.config, "one_step": teacher.config.get("one_step")}:
             raise InputError(f"{args.init_from} is not the teacher's network with the teacher's sigma_p: start from a student of {args.teacher}")
         if meta["task"] and meta["task"]["name"] != task.name:
             raise InputError(f"{args.init_from} was trained for {meta['task']['name']}, not {task.name}")
-<<<<<<< HEAD
-    return start.student()
-=======
-    return {**start.config, "one_step": True}, start.state_dict(), meta
->>>>>>> main
+    return start.student(), meta
 
 
 def main(argv=None):
     args = parse_args(argv)
     perceptual = args.objective == "perceptual"
     out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
-<<<<<<< HEAD
-    teacher, task, teacher_step = load_teacher(args, out_dir)
+    teacher, task, teacher_meta = load_teacher(args, out_dir)
     if args.solver == "heun" and teacher.t_last < 1:
         raise InputError("heun asks at the step's end too, which this teacher was not trained at when that is 1: euler, midpoint or ralston")
     if perceptual and not hasattr(teacher, "features"):
         raise InputError("--loss perceptual looks through the encoder of a flow of this project's U-Net, which this teacher is not")
-=======
-    teacher, task, teacher_meta = load_teacher(args, out_dir)
->>>>>>> main
     if perceptual and not task.condition:
         raise InputError(f"--loss perceptual compares with the photograph behind x_lr, which a network of {task.name} does not see")
     args.init_from = str(args.init_from or (newest(args.dataset, "distill") if perceptual else "teacher"))
@@ -188,16 +175,10 @@ def main(argv=None):
 
     # --- data ---
     checkpoint = training.find_checkpoint(run)
-    config, weights, meta = (checkpoint["model"], None, None) if checkpoint else start_network(args, task, teacher)
+    model, meta = (build(checkpoint["model"]), None) if checkpoint else start_network(args, task, teacher)
     train_paths, val_paths = training.find_pictures(run, checkpoint, [teacher_meta, meta])
 
     # --- model ---
-<<<<<<< HEAD
-    checkpoint = training.find_checkpoint(run)
-    model = build(checkpoint["model"]) if checkpoint else start_network(args, task, teacher)
-=======
-    model = UNet(**config)
->>>>>>> main
     training.announce(run, model, train_paths, val_paths)
     if args.dry_run:
         return

@@ -33,12 +33,8 @@ from PIL import Image
 import data
 from console import InputError, atomic_write, in_range
 from degradations import H_T, H, degrade, to_float
-<<<<<<< HEAD
-from kernels import to_uint8
-=======
 from folders import note, trained_on
-from kernels import noise_augment, to_uint8
->>>>>>> main
+from kernels import to_uint8
 from metrics import METRICS, check_size, load_lpips, measure, pick_metrics, psnr_rgb
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
 from pictures import list_images, read_image, write_image
