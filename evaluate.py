@@ -37,7 +37,7 @@ from folders import note, trained_on
 from kernels import to_uint8
 from metrics import METRICS, check_size, load_lpips, measure, pick_metrics, psnr_rgb
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
-from pictures import list_images, read_image, write_image
+from pictures import list_images, read_image, write_picture
 from sample import SOLVERS, auto_tile, check_tile, dial, restore, tile_size
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -190,8 +190,8 @@ def load_network(path, device, args):
         task = data.resolve_task(args, data.Task(**meta["task"]))
     else:
         raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
-    if not task.condition:
-        raise InputError(f"{path} is unconditional: its pictures have no true ones to be measured against")
+    if not task.condition and task.sigma_p == 1:
+        raise InputError(f"{path} draws pictures out of nothing: there are no true ones to measure them against")
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):
@@ -267,7 +267,7 @@ def run_row(row, truth, task, seeds, out_dir, metrics, dtype, tile, tile_pad):
             if not x.isfinite().all():
                 raise InputError(f"{row.name} gave a value that is not finite for {stem} with seed {seed}")
             png = out_dir / row.name / f"seed{seed}" / f"{stem}.png"
-            write_image(png, to_uint8(x)[0].numpy())
+            write_picture(png, to_uint8(x)[0].numpy())
             records.append(dict(seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, task.scale, metrics)))
     if len(records) > 1:
         records[0]["seconds"] = None  # it warmed the machine up
@@ -455,7 +455,7 @@ def main(argv=None):
     truth = {}
     for stem in sorted(sources)[rank::world]:
         truth[stem] = out_dir / "hr" / f"{stem}.png"
-        write_image(truth[stem], load_truth(sources[stem], task))
+        write_picture(truth[stem], load_truth(sources[stem], task))
     results = []
     for row in rows:
         seeds = range(args.seeds) if row.network or task.sigma_n or task.degradation == "real" else [0]  # without noise, bicubic has no seed
