@@ -27,11 +27,11 @@ import training
 from console import InputError, in_range
 from degradations import degrade
 from evaluate import validate
+from flow import RK2_NODES, integrate, mean_slope, one_step
 from metrics import load_lpips
 from model import build, load_checkpoint, load_model, network_config
 from perceptual import Critic, add_perceptual_flags, critic_loss, perceptual_losses
 from pictures import write_picture
-from sample import RK2_NODES, integrate, mean_slope, one_step
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 

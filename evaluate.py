@@ -38,7 +38,8 @@ from kernels import to_uint8
 from metrics import METRICS, check_size, load_lpips, measure, pick_metrics, psnr_rgb
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
 from pictures import list_images, read_image, write_picture
-from sample import SOLVERS, auto_tile, check_tile, dial, restore, tile_size
+from sample import SOLVERS, dial, tile_size
+from tiles import check_tile, pick_tile, restore
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = (WEIGHTS / "photos_x4.safetensors", WEIGHTS / "photos_x4_flow.safetensors")
@@ -170,7 +171,7 @@ class Row:
     name: str  # on the terminal, and of its folder under out_dir
     network: Network = None  # None: bicubic
     curve: str = None  # of the plot
-    how: dict = None  # t, solver and steps: the arguments of sample.restore
+    how: dict = None  # t, solver and steps: the arguments of tiles.restore
 
 
 def load_network(path, device, args):
@@ -262,7 +263,7 @@ def run_row(row, truth, task, seeds, out_dir, metrics, dtype, tile, tile_pad):
             else:
                 start = time.perf_counter()
                 x, nfe = restore(row.network.net, x_lr, row.network.task.sigma_p, stream, dtype=dtype, tile_pad=tile_pad,
-                                 tile=auto_tile(*x_lr.shape[2:]) if tile == "auto" else tile, **row.how)
+                                 tile=pick_tile(tile, row.network.net, *x_lr.shape[2:], dtype, tile_pad), **row.how)
                 seconds = time.perf_counter() - start  # x is back on the CPU: the device has finished
             if not x.isfinite().all():
                 raise InputError(f"{row.name} gave a value that is not finite for {stem} with seed {seed}")

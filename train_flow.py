@@ -23,10 +23,10 @@ import training
 from console import InputError, in_range
 from degradations import degrade
 from evaluate import validate
+from flow import integrate, one_step
 from metrics import load_lpips
 from model import PRESETS, build, load_model, network_config
 from pictures import write_picture
-from sample import integrate, one_step
 
 
 def parse_args(argv):
