@@ -110,7 +110,9 @@ def checksum(raw, text):
 
 
 def file_sha256(path):
-    """The beginning of a file's SHA-256, 12 digits."""
+    """The beginning of a file's SHA-256, 12 digits; None if there is no such file."""
+    if not Path(path or "").is_file():
+        return None
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):

@@ -10,7 +10,9 @@ cannot know).
 
 Legend: x_1 HR image (t = 1), x_lr = H^T(H(x_1) + n), x_0 = noised x_lr (t = 0), x_t = (1-t) x_0 + t x_1.
 """
+import copy
 import ctypes
+import importlib
 import math
 import os
 import sys
@@ -21,7 +23,11 @@ import torch.nn.functional as F
 
 from checkpoints import load_checkpoint, load_tensors, save_tensors
 from console import InputError
-from kernels import conv3x3, group_norm_silu
+from kernels import conv3x3, group_norm_silu, noise_augment
+
+# The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
+# to add one. What a class has to say of itself is written in teachers.Teacher.
+FAMILIES = {"unet": "model:UNet", "resshift": "resshift:ResShift", "dit4sr": "dit4sr:DiT4SR"}
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
 # attention: down-sampling factors at which there is attention (none at all if empty). groups, patch, precond: see UNet;
@@ -33,11 +39,20 @@ PRESETS = {
     "ffhq": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(16,), out_channels=6, dropout=0.1),
     "ffhq512": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(32,), out_channels=6, dropout=0.1),
     "imagenet": dict(channels=256, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), out_channels=6, dropout=0.1),
+    # ResShift's backbone, trained as a flow: see resshift.SwinUNet
+    "resshift": dict(family="resshift", net=dict(image_size=64, channels=160, mults=(1, 2, 2, 4), blocks=2, attention=(64, 32, 16, 8),
+                                                 swin_depth=2, swin_channels=192, head_channels=32, window=8, mlp_ratio=4)),
+    "resshift_small": dict(family="resshift", net=dict(image_size=32, channels=32, mults=(1, 2), blocks=1, attention=(16,),
+                                                       swin_depth=2, swin_channels=32, head_channels=16, window=8, mlp_ratio=2)),
 }
 
 
 def network_config(preset, condition=True, sigma_p=None, sigma_d=None):
-    """The arguments of UNet for a preset; a preconditioned one wants sigma_p and sigma_d, both > 0."""
+    """The arguments of the network of a preset; a preconditioned one wants sigma_p and sigma_d, both > 0."""
+    if "family" in PRESETS[preset]:
+        if not condition:
+            raise InputError(f"the network {preset!r} sees x_lr: it has no unconditional form")
+        return dict(PRESETS[preset], sigma_p=sigma_p)
     config = dict(PRESETS[preset], condition=condition)
     if config.get("precond"):
         if not sigma_p or not condition:
@@ -46,6 +61,34 @@ def network_config(preset, condition=True, sigma_p=None, sigma_d=None):
             raise InputError("x_lr equals x_1 on all training pictures: there is nothing to restore (is --scale 1?)")
         config["precond"] = dict(sigma_p=sigma_p, sigma_d=sigma_d)
     return config
+
+
+def find_family(name):
+    """The class (or function) behind the name of a family. Raises InputError if there is none of that name.
+
+    A "package.module:function" of somebody's own is imported only if it was named on the command line or in
+    OFTSR_FAMILIES (names with commas between): a checkpoint alone does not get code to run.
+    """
+    trusted = [n for n in os.environ.get("OFTSR_FAMILIES", "").split(",") if n]
+    if name not in FAMILIES and name not in trusted:
+        raise InputError(f"the checkpoint holds a network of the family {name!r}, which is none of {', '.join(FAMILIES)}: if it is yours, "
+                         f"say OFTSR_FAMILIES={name}" if ":" in name else f"there is no family {name!r}: there are {', '.join(FAMILIES)}")
+    module, _, function = FAMILIES.get(name, name).partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as e:
+        raise InputError(f"cannot import {module}:{function}: {e}") from e
+
+
+def build(config):
+    """The network of a checkpoint's or preset's arguments: UNet, unless they say another "family"."""
+    config = dict(config)
+    name = config.pop("family", "unet")
+    if name in FAMILIES and FAMILIES[name] != name:
+        return find_family(name)(**config)
+    teacher = find_family(name)()  # somebody's own function: its teacher, or the student of that
+    teacher.config = {"family": name, **config}
+    return teacher.student() if config.get("one_step") else teacher
 
 
 def timestep_embedding(t, dim):
@@ -236,6 +279,26 @@ class UNet(nn.Module):
         h = self.out["2"](self.out["0"](h))
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
+    # What every family says of itself (see teachers.Teacher); this one works on pictures, and was trained at every t.
+    factor, t_last = 1, 1.0
+
+    def to_latents(self, x):
+        return x
+
+    def to_pixels(self, x):
+        return x
+
+    def start(self, x_lr, sigma_p, seeds):
+        """concat(x_0, x_lr), Eq. (4): x_lr (B, 3, H, W), seeds (B,) int64 -> (B, 6, H, W)."""
+        return noise_augment(x_lr, sigma_p, seeds)
+
+    def student(self):
+        """The network that distillation starts from: this one, told that its input is x_0."""
+        with torch.device(next(self.parameters()).device):
+            student = UNet(**{**self.config, "one_step": True})
+        student.load_state_dict(self.state_dict())
+        return student
+
     def coefficients(self, t):
         """c_skip, c_in, c_out of the preconditioned velocity, each (B, 1, 1, 1).
 
@@ -276,12 +339,12 @@ class UNet(nn.Module):
 
 
 def count_macs(model, height, width):
-    """Multiply-accumulates of convolutions, linear layers and attention for one picture of height x width, as run."""
+    """Multiply-accumulates of convolutions, linear layers and attention for one picture of height x width, as run; no autoencoder's."""
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.device("meta"):
-        meta = UNet(**model.config)
+    meta = copy.deepcopy(model, {id(p): p.to("meta") for p in [*model.parameters(), *model.buffers()]})
+    channels = getattr(model, "latent_channels", 3)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta(torch.empty(1, 6, height, width, device="meta"), torch.empty(1, device="meta"))
+        meta(torch.empty(1, 2 * channels, height // model.factor, width // model.factor, device="meta"), torch.empty(1, device="meta"))
     return counter.get_total_flops() // 2
 
 
@@ -334,23 +397,39 @@ LIMITS = dict(channels=(1, 4096), blocks=(1, 16), head_channels=(1, 4096), group
 
 
 def network_of(config, path):
-    """The UNet that a file's metadata describes, without memory ("meta"). Raises InputError, which names the file, if it describes none."""
-    whole = lambda value, low, high: type(value) is int and low <= value <= high
+    """The network that a file's metadata describes, without memory ("meta"). Raises InputError, which names the file, if it describes none."""
     try:
-        known = {**dict(attention=[], head_channels=64, groups=32, patch=1, out_channels=3, condition=True, precond=None, one_step=False, dropout=0.0), **config}
-        wrong = [k for k, (low, high) in LIMITS.items() if not whole(known[k], low, high)]
-        wrong += [k for k in ("mults", "attention") if len(known[k]) > 10 or not all(whole(v, 1, 256) for v in known[k])]
-        wrong += [] if known["mults"] else ["mults"]
-        wrong += [] if type(known["dropout"]) in (int, float) and 0 <= known["dropout"] < 1 else ["dropout"]
-        wrong += [k for k in ("condition", "one_step") if type(known[k]) is not bool]
-        if (p := known["precond"]) and not (p.keys() == {"sigma_p", "sigma_d"} and all(type(v) in (int, float) and 0 < v < 100 for v in p.values())):
-            wrong.append("precond")
+        wrong = [] if config.get("family", "unet") != "unet" else not_a_unet(config)
         if not wrong:
             with torch.device("meta"):
-                return UNet(**known)
-    except (TypeError, ValueError, KeyError, AttributeError) as e:  # ValueError: what does not divide
+                return build(config)
+    except InputError:
+        raise
+    except Exception as e:  # what a class says to arguments that are not its own
         wrong = [(str(e) or type(e).__name__).splitlines()[0]]
     raise InputError(f"{path} describes no network of this project: {', '.join(wrong)}")
+
+
+def not_a_unet(config):
+    """The names of those arguments of UNet in a file's metadata that are of the wrong type, or larger than any network's."""
+    whole = lambda value, low, high: type(value) is int and low <= value <= high
+    known = {**dict(attention=[], head_channels=64, groups=32, patch=1, out_channels=3, condition=True, precond=None, one_step=False, dropout=0.0), **config}
+    wrong = [k for k, (low, high) in LIMITS.items() if not whole(known[k], low, high)]
+    wrong += [k for k in ("mults", "attention") if len(known[k]) > 10 or not all(whole(v, 1, 256) for v in known[k])]
+    wrong += [k for k in ("condition", "one_step") if type(known[k]) is not bool]
+    p = known["precond"]
+    if p and not (p.keys() == {"sigma_p", "sigma_d"} and all(type(v) in (int, float) and 0 < v < 100 for v in p.values())):
+        wrong.append("precond")
+    if type(known["dropout"]) not in (int, float) or not 0 <= known["dropout"] < 1:
+        wrong.append("dropout")
+    return wrong if known["mults"] else [*wrong, "mults"]
+
+
+def named(net, averages, params=None):
+    """{name: tensor} of the list of averages that a checkpoint holds: of what is trained, in its order; what is not stands in its params. {} if they are not as many."""
+    trained = [n for n, p in net.named_parameters() if p.requires_grad]
+    others = params if len(trained) < len(net.state_dict()) and isinstance(params, dict) else {}
+    return {**others, **dict(zip(trained, averages))} if len(averages) == len(trained) else {}
 
 
 def check_fits(net, state, path):
@@ -365,9 +444,9 @@ def check_fits(net, state, path):
 
 def preset_name(net):
     """The preset whose network that is, whatever its sigmas; None if it is none's."""
-    form = lambda config: {**config, "precond": bool(config["precond"]), "one_step": False, "condition": True, "dropout": 0}
+    form = lambda config: {**config, "precond": bool(config.get("precond")), "one_step": False, "condition": True, "dropout": 0, "sigma_p": 0}
     with torch.device("meta"):
-        return next((name for name in PRESETS if form(UNet(**PRESETS[name]).config) == form(net.config)), None)
+        return next((name for name in PRESETS if form(build(PRESETS[name]).config) == form(net.config)), None)
 
 
 def save_release(path, model, meta):
@@ -376,7 +455,7 @@ def save_release(path, model, meta):
 
 
 def load_model(path, device="cpu", model=None):
-    """The network in a file, in float32 and evaluation mode, with its metadata: (UNet, dict).
+    """The network in a file, in float32 and evaluation mode, with its metadata: (UNet or one of another family, dict).
 
     path is a training checkpoint (its EMA is taken), a .safetensors release, or a published OFTSR file
     (a list of EMA tensors in parameter order), for which `model` names the preset. Metadata holds at
@@ -402,8 +481,7 @@ def load_model(path, device="cpu", model=None):
         meta["model"] = PRESETS[model]
     net = network_of(meta["model"], path)
     if isinstance(state, list):
-        names = list(net.state_dict())
-        state = dict(zip(names, state)) if len(state) == len(names) else {}
+        state = named(net, state, checkpoint.get("params"))
     check_fits(net, state, path)
     net.load_state_dict({n: p.float() for n, p in state.items()}, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta

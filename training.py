@@ -33,7 +33,7 @@ from checkpoints import copy_file, load_checkpoint, one_before, save_checkpoint
 from console import InputError, atomic_write, in_range
 from degradations import degrade, to_float
 from metrics import psnr_rgb
-from model import UNet, check_fits, count_macs, keep_freed_memory, network_of, pick_device, pick_dtype, save_release
+from model import check_fits, count_macs, keep_freed_memory, named, network_of, pick_device, pick_dtype, save_release
 from pictures import write_picture
 
 try:
@@ -281,7 +281,7 @@ def check_contents(run, checkpoint, path):
             raise InputError(f"{path} is not a checkpoint of a training: its {name} is a {type(checkpoint.get(name)).__name__}")
     net, average = network_of(checkpoint["model"], path), checkpoint["ema"].get("shadow_params")
     check_fits(net, checkpoint["params"], path)
-    check_fits(net, dict(zip(net.state_dict(), average)) if isinstance(average, list) else {}, path)
+    check_fits(net, named(net, average, checkpoint["params"]) if isinstance(average, list) else {}, path)
     if not isinstance(checkpoint["ema"].get("num_updates"), int):
         raise InputError(f"{path} is not a checkpoint of a training: its average does not say how many updates it has seen")
 
@@ -352,7 +352,7 @@ def announce(run, model, train_paths, val_paths):
 @dataclass
 class State:
     """All that training changes: a run that goes on from a checkpoint of it is the run that never stopped."""
-    model: UNet
+    model: nn.Module
     optimizers: list
     ema: "EMA"
     critic: nn.Module = None  # of distill.py --loss perceptual
@@ -688,7 +688,7 @@ def validate(run, state, predict, pictures, lpips, signals):
 def look(predict, pictures, task, lpips, device, signals=None):
     """PSNR and LPIPS of what predict makes of the pictures (N, 3, S, S) uint8, and a picture of it; (None, None) if a signal comes meanwhile.
 
-    predict: x_in = concat(x_0, x_lr) (1, 6, S, S), its own to change -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
+    predict: x_lr (1, 3, S, S) and seeds (1,) -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
     "lpips_NAME"}, with x_lr's own under "lr", and x_lr, the results and x_1 of the first four side by side, uint8 (H, W, 3).
     """
     scores, rows = {}, []
@@ -697,7 +697,7 @@ def look(predict, pictures, task, lpips, device, signals=None):
             return None, None
         truth, seeds = to_float(picture[None]).to(device), torch.full((1,), i, device=device)
         x_lr = degrade(truth, task, seeds)
-        results = {"lr": x_lr, **predict(kernels.noise_augment(x_lr, task.sigma_p, seeds))}
+        results = {"lr": x_lr, **predict(x_lr, seeds)}
         shown = {name: kernels.to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
         for name, x in shown.items():
             scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
@@ -713,9 +713,9 @@ def look(predict, pictures, task, lpips, device, signals=None):
 
 def make_optimizers(model, name, lr, dtype):
     """The optimizers of a model, as a list: Adam; or with "muon", Muon for the inner convolutions and Adam for all else."""
-    inner = [p for n, p in model.named_parameters() if p.ndim == 4 and not n.startswith(("input_blocks.0.", "out."))] if name == "muon" else []
+    inner = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 4 and not n.startswith(("input_blocks.0.", "out."))] if name == "muon" else []
     chosen = {id(p) for p in inner}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     return [torch.optim.Adam(rest, lr=lr, fused=rest[0].device.type != "mps"), *([Muon(inner, lr, dtype=dtype)] if inner else [])]
 
 
@@ -763,18 +763,23 @@ class EMA:
 
     def __init__(self, model, decay=0.9999):
         self.decay, self.num_updates = decay, 0
-        self.shadow_params = [p.detach().clone() for p in model.parameters()]
+        self.names = [n for n, p in model.named_parameters() if p.requires_grad] or [n for n, _ in model.named_parameters()]
+        self.shadow_params = [p.detach().clone() for p in self.of(model)]
+
+    def of(self, model):
+        """The parameters that are averaged, the trained ones, of this model or a copy of it."""
+        return [model.get_parameter(name) for name in self.names]
 
     @torch.no_grad()
     def update(self, model):
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        torch._foreach_lerp_(self.shadow_params, list(model.parameters()), 1 - decay)
+        torch._foreach_lerp_(self.shadow_params, self.of(model), 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, model):
         """Write the averaged parameters into model."""
-        torch._foreach_copy_(list(model.parameters()), self.shadow_params)
+        torch._foreach_copy_(self.of(model), self.shadow_params)
         return model
 
     def state_dict(self):  # the published files' format
