@@ -13,9 +13,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from console import InputError
 from checkpoints import load_tensors
-from model import PRESETS, Conv3x3, NormSiLU, ResBlock, Stage, UpConv, load_model, timestep_embedding
+from console import InputError
+from model import (
+    PRESETS,
+    Conv3x3,
+    NormSiLU,
+    ResBlock,
+    Stage,
+    UpConv,
+    load_model,
+    timestep_embedding,
+)
 from teachers import Teacher, fill, linear_path, read_state
 
 SWINUNET = PRESETS["resshift"]["net"]
