@@ -237,14 +237,17 @@ def main(argv=None):
     training.announce(run, model, train_paths, val_paths)
     if args.dry_run:
         return
+    if checkpoint:
+        model.load_state_dict(checkpoint["params"])
     teacher.to(run.device)
     model.to(run.device, memory_format=torch.channels_last)
     critic = Critic(teacher.feature_channels).to(run.device, memory_format=torch.channels_last) if perceptual else None
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    training.shard(model, run)
     state = training.first_state(run, model, critic)
     if checkpoint:
         training.restore(run, state, checkpoint)
     training.open_folder(run, state)
-    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     net = training.parallel(torch.compile(model) if args.compile else model, run)
     judge = training.parallel(critic, run) if perceptual else None
 
@@ -273,8 +276,9 @@ def main(argv=None):
                 if state.step > state.saved:
                     training.check(run, state, meter, train_paths)
                     training.save(run, state)
-                if run.master and state.step > state.validated and not stop:
+                if not stop:
                     state.ema.copy_to(ema_model)
+                if run.master and state.step > state.validated and not stop:
                     training.validate(run, state, predict, val, lpips, signals)
                 stop = stop or signals.agreed(run)
                 meter.restart_clock(state.step)
@@ -317,7 +321,7 @@ def main(argv=None):
                 training.log(run, dict(step=state.step, loss=loss, **means, grad_norm=norm.item(), lr=training.learning_rate(state.step - 1, args), images_per_s=speed))
                 bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
     bar.close()
-    if run.master and state.step >= args.max_iters:
+    if state.step >= args.max_iters:
         training.release(run, state, ema_model)
     training.end(run, state, stop)
 

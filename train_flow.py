@@ -84,7 +84,7 @@ def main(argv=None):
     train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
 
     # --- model ---
-    config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths, start, meta)
+    config, weights = (checkpoint["model"], checkpoint["params"]) if checkpoint else start_network(args, task, train_paths, start, meta)
     with torch.device("meta" if args.dry_run else "cpu"):
         model = build(config)
     training.announce(run, model, train_paths, val_paths)
@@ -93,11 +93,12 @@ def main(argv=None):
     if weights:
         model.load_state_dict(weights)
     model.to(run.device, memory_format=torch.channels_last)
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    training.shard(model, run)
     state = training.first_state(run, model)
     if checkpoint:
         training.restore(run, state, checkpoint)
     training.open_folder(run, state)
-    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     net = training.parallel(torch.compile(model) if args.compile else model, run)
 
     # --- validation and log ---
@@ -122,8 +123,9 @@ def main(argv=None):
                 if state.step > state.saved:
                     training.check(run, state, meter, train_paths)
                     training.save(run, state)
-                if run.master and state.step > state.validated and not stop:
+                if not stop:
                     state.ema.copy_to(ema_model)
+                if run.master and state.step > state.validated and not stop:
                     training.validate(run, state, predict, val, lpips, signals)
                 stop = stop or signals.agreed(run)
                 meter.restart_clock(state.step)
@@ -156,7 +158,7 @@ def main(argv=None):
                                        images_per_s=speed, loss_by_t=by_t), hidden=("loss_by_t",))
                 bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
     bar.close()
-    if run.master and state.step >= args.max_iters:
+    if state.step >= args.max_iters:
         training.release(run, state, ema_model)
     training.end(run, state, stop)
 

@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -43,7 +45,7 @@ except ImportError:  # Windows
 
 # Settings that may change on resume: what they change is not what is learnt.
 FREE = {"init_from", "max_iters", "out_dir", "data_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
-        "always_save_checkpoint", "lpips_backbone", "num_workers", "compile", "dry_run", "dataset", "teacher"}
+        "always_save_checkpoint", "lpips_backbone", "num_workers", "compile", "shard", "dry_run", "dataset", "teacher"}
 
 
 class Diverged(InputError):
@@ -80,6 +82,7 @@ def add_training_flags(parser):
     g.add_argument("--num_workers", type=in_range(int, -1), default=-1, help="processes that read pictures; -1: 0 on a CPU, else up to 8")
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
+    g.add_argument("--shard", action="store_true", help="share the weights, their average and the optimizer's numbers out among the processes (torch's FSDP), for networks that are too large for one")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
     g.add_argument("--dry_run", action="store_true", help="print settings, parameters and MACs, and stop")
 
@@ -211,15 +214,46 @@ def end(run, state, stopped):
 
 def parallel(module, run):
     """The module as one of several processes: gradients are their mean."""
-    if run.world == 1:
+    if run.world == 1 or isinstance(module, FSDPModule):
         return module
     return DistributedDataParallel(module, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+
+
+def shard(model, run):
+    """With --shard the weights of every block are spread over the processes, and are brought together only while it computes. In place.
+
+    What is then a part of a tensor (a DTensor) is made whole by `whole`, and a whole one a part by `like`. Raises InputError where it cannot be.
+    """
+    if not run.args.shard:
+        return
+    if run.world == 1:
+        raise InputError("--shard shares the weights out among processes: start them with torchrun --nproc_per_node N")
+    if run.args.optimizer == "muon":
+        raise InputError("--shard with --optimizer muon: its steps need whole matrices; use adam")
+    mesh = dist.init_device_mesh(run.device.type, (run.world,))
+    for part in ("input_blocks", "middle_block", "output_blocks"):
+        for block in getattr(model, part, ()):
+            if any(True for _ in block.parameters()):
+                fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(tensor):
+    """A tensor that is spread over the processes, made whole on the CPU by all of them together; any other as it is."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor, pattern):
+    """A whole tensor spread over the processes as the pattern is; any other as it is."""
+    return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements) if isinstance(pattern, DTensor) else tensor
 
 
 def exchange_gradients(module, now):
     """Whether the next backward pass exchanges gradients between processes: of the batches that are summed only the last does."""
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = now
+    elif isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
 
 
 # --- where a run starts ---
@@ -380,15 +414,18 @@ def save(run, state):
 
     Raises Diverged, and leaves the folder as it was, if the weights or their average are not finite.
     """
+    params = {name: whole(p) for name, p in state.model.state_dict().items()}
+    ema = {**state.ema.state_dict(), "shadow_params": [whole(p) for p in state.ema.shadow_params]}
+    optimizers = [{**kept, "state": {i: {k: whole(m) for k, m in moments.items()} for i, moments in kept["state"].items()}}
+                  for kept in (o.state_dict() for o in state.optimizers)]
+    critic = dict(critic=state.critic.state_dict()) if state.critic else {}
     if run.master:
-        for what, values in (("weights", state.model.parameters()), ("averaged weights", state.ema.shadow_params),
-                             ("critic's weights", state.critic.parameters() if state.critic else ())):
+        for what, values in (("weights", params.values()), ("averaged weights", ema["shadow_params"]), ("critic's weights", critic.get("critic", {}).values())):
             if not all(p.isfinite().all() for p in values):
                 raise Diverged(f"the {what} are not finite at step {state.step}: lower --learning_rate; {last_good(run, state)}")
-        critic = dict(critic=state.critic.state_dict()) if state.critic else {}
         save_checkpoint(run.out_dir / "ckpt.pt", dict(
             stage=run.stage, task=asdict(run.task), model=state.model.config, step=state.step, seen=state.seen, least=state.least, scores=state.scores,
-            args=run.settings, data=run.memory, params=state.model.state_dict(), ema=state.ema.state_dict(), optimizers=[o.state_dict() for o in state.optimizers], **critic))
+            args=run.settings, data=run.memory, params=params, ema=ema, optimizers=optimizers, **critic))
         if run.args.always_save_checkpoint:
             copy_file(run.out_dir / "ckpt.pt", run.out_dir / f"ckpt_{state.step:07d}.pt")
     state.saved = state.step
@@ -407,7 +444,7 @@ def last_save(run, state):
     except Diverged:
         raise
     except BaseException:
-        if run.master and state.whole and state.step > state.saved:
+        if run.master and state.whole and state.step > state.saved and not run.args.shard:  # the others' parts are gone
             try:
                 save(run, state)
                 run.say(f"saved step {state.step} before the error below")
@@ -417,13 +454,11 @@ def last_save(run, state):
 
 
 def restore(run, state, checkpoint):
-    """Put a checkpoint's contents into the state, and say what is not as it was. Raises InputError if they do not fit."""
+    """Put a checkpoint's contents, but for the weights that the model has from it, into the state, and say what is not as it was. Raises InputError if they do not fit."""
     was = checkpoint["args"]
     try:
-        state.model.load_state_dict(checkpoint["params"])
         for optimizer, kept in zip(state.optimizers, checkpoint["optimizers"], strict=True):
-            check_moments(optimizer, kept["state"])
-            optimizer.load_state_dict({**optimizer.state_dict(), "state": kept["state"]})
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": checked_moments(optimizer, kept["state"])})
         state.ema.load_state_dict(checkpoint["ema"])
         if state.critic:
             state.critic.load_state_dict(checkpoint["critic"])
@@ -437,8 +472,8 @@ def restore(run, state, checkpoint):
     run.say(f"resumed at step {state.step}" + (f", not as before: {'; '.join(changed)}" if changed else ""))
 
 
-def check_moments(optimizer, kept):
-    """Raises ValueError if an optimizer's state, {number of the parameter: {name: tensor}}, is not of its parameters' shapes."""
+def checked_moments(optimizer, kept):
+    """An optimizer's state, {number of the parameter: {name: tensor}}, spread as its parameters are. Raises ValueError if it is not of their shapes."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if sorted(kept) != list(range(len(params))):
         raise ValueError(f"the optimizer has {len(params)} parameters, the checkpoint {len(kept)}")
@@ -446,12 +481,14 @@ def check_moments(optimizer, kept):
         for name, m in moments.items():
             if name != "step" and (m.shape != params[i].shape or not m.isfinite().all()):
                 raise ValueError(f"the optimizer's {name} of parameter {i} is not a finite tensor of its shape")
+    return {i: {name: m if name == "step" else like(m, params[i]) for name, m in moments.items()} for i, moments in kept.items()}
 
 
 def release(run, state, ema_model):
     """Write weights.safetensors: the averaged weights to keep or to share."""
     state.ema.copy_to(ema_model)
-    save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores, data=run.memory))
+    if run.master:
+        save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores, data=run.memory))
 
 
 # --- one step ---
@@ -491,6 +528,7 @@ def before_update(run, state):
 def update(run, state):
     """One step of all optimizers with the gradients that have gathered, and of the average: the gradient's norm, before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), run.args.grad_clip or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     state.bad_step = torch.where(norm.isfinite(), state.bad_step, state.bad_step.clamp(max=state.step + 1))  # no waiting for the device
     state.whole = False
     for optimizer in state.optimizers:
@@ -778,8 +816,8 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, model):
-        """Write the averaged parameters into model."""
-        torch._foreach_copy_(self.of(model), self.shadow_params)
+        """Write the averaged parameters into model, whose own are whole."""
+        torch._foreach_copy_(self.of(model), [whole(p) for p in self.shadow_params])
         return model
 
     def state_dict(self):  # the published files' format
@@ -787,4 +825,4 @@ class EMA:
 
     def load_state_dict(self, state):
         self.num_updates = state["num_updates"]
-        torch._foreach_copy_(self.shadow_params, list(state["shadow_params"]))
+        torch._foreach_copy_(self.shadow_params, [like(p, mine) for p, mine in zip(state["shadow_params"], self.shadow_params, strict=True)])

@@ -157,6 +157,21 @@ def test_another_number_of_processes_goes_on_with_the_same_pictures(photos, tmp_
         assert (a - b).abs().max() < 1e-4
 
 
+def test_shared_out_weights_are_the_same_training(photos, tmp_path, whole):  # noqa: F811
+    """--shard (FSDP) in two processes, resumed by one without it: the checkpoints are the same kind, and hold the run of one process."""
+    flags = ["--dtype", "float32", "--gradient_accumulation_steps", 2, *FLOW]
+    one = run(train_flow, photos, tmp_path / "one", "--max_iters", 6, *flags)
+    done = torchrun(2, "train_flow.py", *SMALL, "--data_dir", photos, "--out_dir", tmp_path / "two", "--max_iters", 4, *flags, "--batch_size", 1, "--shard")
+    assert done.returncode == 0, done.stderr
+    two = run(train_flow, photos, tmp_path / "two", "--max_iters", 6, *flags, "--init_from", "resume")
+    assert two["params"].keys() == one["params"].keys() and two["seen"] == one["seen"]
+    assert [e["loss"] for e in log_of(tmp_path / "two") if "loss" in e] == pytest.approx([e["loss"] for e in log_of(tmp_path / "one") if "loss" in e], rel=1e-3)
+    for a, b in zip(one["ema"]["shadow_params"], two["ema"]["shadow_params"], strict=True):
+        assert (a - b).abs().max() < 1e-4
+    with pytest.raises(InputError, match="start them with torchrun"):
+        run(train_flow, photos, tmp_path / "three", "--shard")
+
+
 def test_a_global_batch_that_does_not_divide_is_refused(photos, tmp_path, monkeypatch):  # noqa: F811
     run(train_flow, photos, tmp_path, "--max_iters", 1)
     checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
