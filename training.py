@@ -230,6 +230,7 @@ def shard(model, run):
         raise InputError("--shard shares the weights out among processes: start them with torchrun --nproc_per_node N")
     if run.args.optimizer == "muon":
         raise InputError("--shard with --optimizer muon: its steps need whole matrices; use adam")
+    model.to(memory_format=torch.contiguous_format)  # it takes no other
     mesh = dist.init_device_mesh(run.device.type, (run.world,))
     for part in ("input_blocks", "middle_block", "output_blocks"):
         for block in getattr(model, part, ()):
