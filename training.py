@@ -500,7 +500,10 @@ def batches(run, paths, seen):
     workers = run.args.num_workers
     if workers < 0:
         workers = 0 if run.device.type == "cpu" else min(8, os.cpu_count() // run.local_world)
-    return data.training_batches(paths, run.task, run.args.seed, run.args.batch_size, seen, run.rank, run.world, workers)
+    loader = data.training_batches(paths, run.task, run.args.seed, run.args.batch_size, seen, run.rank, run.world, workers)
+    if workers and hasattr(signal, "SIGCHLD"):  # torch's handler would raise in the middle of an update; next() finds a dead loader, too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return loader
 
 
 def next_batch(run, loader):
