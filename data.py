@@ -83,11 +83,11 @@ def add_task_flags(parser):
     g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
 
 
-def resolve_task(args, row=None):
-    """The row that --dataset names (or the row given), with the cells that other flags override."""
+def resolve_task(args, row=None, training=True):
+    """The row that --dataset names (or the row given), with the cells that other flags override. Raises InputError where they do not fit each other."""
     given = {f.name: v for f in fields(Task) if f.name != "name" and (v := getattr(args, f.name, None)) is not None}
     task = replace(row or TASKS[args.dataset], **given)
-    if task.image_size % task.scale:
+    if task.image_size % task.scale and (training or task.crop == "center"):  # whole pictures are measured less their last rows
         raise InputError(f"--image_size {task.image_size} is not a multiple of --scale {task.scale}")
     if -1 < task.strength < 0:
         raise InputError(f"--strength {task.strength:g} should lie between 0 and 1, or be -1: drawn by picture")

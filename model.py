@@ -264,11 +264,23 @@ class UNet(nn.Module):
         return c_out * f.float() - c_skip * r
 
 
-def count_macs(model, height, width):
-    """Multiply-accumulates of convolutions, linear layers and attention for one picture of height x width, as run."""
+def count_macs(model, height, width, standard=False):
+    """Multiply-accumulates of convolutions, linear layers and attention for one picture of height x width, as run.
+
+    standard: of the layers as they are usually written, convolutions and linear layers alone, as Table 10 counts them: what
+    UpConv saves is in it, the products of attention are not.
+    """
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"):
         meta = UNet(**model.config)
+    if standard:
+        total = []
+        for layer in meta.modules():
+            if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                layer.register_forward_hook(lambda layer, _, out: total.append(out.numel() * layer.weight[0].numel()))
+        with torch.no_grad():
+            meta(torch.empty(1, 6, height, width, device="meta"), torch.empty(1, device="meta"))
+        return sum(total)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta(torch.empty(1, 6, height, width, device="meta"), torch.empty(1, device="meta"))
     return counter.get_total_flops() // 2
