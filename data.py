@@ -54,14 +54,21 @@ TASKS = {task.name: task for task in (
     Task("ffhq", train_files=60000, val_list="ffhq_val_100.txt", paper="Table 2, top"),
     Task("ffhq_noisy", degradation="avgpool", sigma_n=0.05, sigma_p=0.5, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 2, bottom"),
     Task("ffhq_x8", scale=8, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
-    Task("ffhq512_x4", image_size=512, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
-    Task("ffhq512_x8", image_size=512, scale=8, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
+    Task("ffhq512_x4", image_size=512, model="ffhq512", train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
+    Task("ffhq512_x8", image_size=512, scale=8, model="ffhq512", train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
     Task("div2k", sigma_p=0.2, crop="random", val_list="div2k_val_100.txt", paper="Table 1"),
     Task("imagenet", sigma_p=0.2, model="imagenet", enlarge=True, val_list="imagenet_val_100.txt", paper="Table 3"),
     Task("realsr", degradation="real", strength=1.0, eight_bit=True, sigma_p=0.2, enlarge=True, paper="Tables 4 and 5, 64 to 256"),
     Task("realsr512", degradation="real", strength=1.0, eight_bit=True, sigma_p=0.2, image_size=512, crop="random", paper="Tables 5 and 6, 128 to 512"),
     Task("ffhq_uncond", sigma_p=1.0, loss="l2", hflip=0.0, vflip=0.0, condition=False, train_files=-1, paper="Appendix F"),
 )}
+
+# How each row is trained, by stage: pictures of an update over all processes, updates, learning rate after the warm-up.
+# The paper's Sec. 4.1 and Tables 7 and 8 (its last line), but for Table 9's and 13's, and the rate of div2k, which is its published configuration's.
+RECIPES = {name: {"flow": (32, 100_000, 1e-4), "distill": (32, 20_000, 1e-4)} for name in TASKS} | {
+    "div2k": {"flow": (32, 100_000, 1e-5), "distill": (32, 20_000, 1e-5)},
+    "imagenet": {"flow": (32, 100_000, 1e-4), "distill": (32, 50_000, 1e-4)},
+} | {name: {"flow": (32, 30_000, 1e-4), "distill": (16, 10_000, 1e-4)} for name in ("ffhq_x8", "ffhq512_x4", "ffhq512_x8")}
 
 
 def add_task_flags(parser):
@@ -79,6 +86,8 @@ def add_task_flags(parser):
     g.add_argument("--enlarge", action=argparse.BooleanOptionalAction, help="enlarge pictures smaller than --image_size instead of refusing them")
     g.add_argument("--val_list", metavar="FILE", help="names of the validation files, one a line; none: what the folders say")
     g.add_argument("--model", choices=PRESETS, help="network preset")
+    g.add_argument("--condition", action="store_true", default=None, help="the network sees x_lr")
+    g.add_argument("--no_condition", dest="condition", action="store_false", default=None, help="it does not: x_lr counts only through x_0")
     g.add_argument("--hflip", type=in_range(float, 0, 1), help="chance of a horizontal flip")
     g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
 

@@ -33,18 +33,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
 import data
 import figures
-from console import InputError, atomic_write, in_range
+from console import InputError, Progress, atomic_write, in_range
 from degradations import H_T, H, degrade, observe, to_float
 from folders import note, trained_on
 from kernels import noise_augment, to_uint8
 from metrics import BACKBONES, FEW, HIGHER, METRICS, USUAL, Metrics, check_size, measure, measure_sets, pick_metrics, psnr_rgb
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
-from pictures import list_images, read_image, write_image
-from sample import SOLVERS, auto_tile, check_tile, restore, tile_size
+from pictures import list_images, read_image, write_picture
+from sample import SOLVERS, tile_size
+from tiles import check_tile, pick_tile, restore
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = (WEIGHTS / "photos_x4.safetensors", WEIGHTS / "photos_x4_flow.safetensors")
@@ -71,7 +71,7 @@ class Row:
     name: str  # on the terminal, and of its folder under out_dir
     network: Network = None  # None: bicubic, or somebody's results
     curve: str = None  # of the plot
-    how: dict = None  # t, solver and steps: the arguments of sample.restore
+    how: dict = None  # t, solver and steps: the arguments of tiles.restore
     results: dict = None  # somebody's: {stem of a true picture: path}
     nfe: int = None  # that they say it took
 
@@ -99,8 +99,8 @@ def load_network(path, device, args):
         task = measured_task(args, data.Task(**meta["task"]))
     else:
         raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
-    if not task.condition:
-        raise InputError(f"{path} is unconditional: its pictures have no true ones to be measured against")
+    if not task.condition and task.sigma_p == 1:
+        raise InputError(f"{path} draws pictures out of nothing: there are no true ones to measure them against")
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):
@@ -108,9 +108,9 @@ def load_network(path, device, args):
     return Network("", path, net, stage, task, digest.hexdigest()[:12], meta.get("step"), meta.get("data"))
 
 
-def name_networks(networks):
-    """Gives each its file's name, after those of the folders above as far as it takes to tell them apart. Raises InputError if a file comes twice."""
-    paths = [n.path.absolute() for n in networks]
+def load_networks(files, device, args):
+    """Checkpoints, each called by its file's name, after those of the folders above as far as it takes to tell them apart. Raises InputError if one comes twice."""
+    networks, paths = [load_network(file, device, args) for file in files], [Path(file).absolute() for file in files]
     if twice := next((p for i, p in enumerate(paths) if p in paths[:i]), None):
         raise InputError(f"{twice} is named twice")
     for n, path in zip(networks, paths):
@@ -118,6 +118,7 @@ def name_networks(networks):
         while depth < len(path.parts) - 1 and any(name_of(p, depth) == name_of(path, depth) for p in paths if p != path):
             depth += 1
         n.name = name_of(path, depth)
+    return networks
 
 
 def name_of(path, depth):
@@ -234,6 +235,7 @@ def run_row(row, bench, seeds, progress):
     """
     records = []
     for seed in seeds:
+        progress.start(f"{row.name}, seed {seed}")
         for stem in sorted(bench.truth)[bench.rank::bench.world]:
             path, png = bench.truth[stem], bench.png(row, seed, stem)
             x_1 = to_float(torch.from_numpy(read_image(path)).permute(2, 0, 1)[None])
@@ -242,7 +244,7 @@ def run_row(row, bench, seeds, progress):
             y = observe(x_1, bench.task, stream)
             nfe, seconds = (row.nfe, None) if row.results else restore_picture(row, bench, y, stream, png)
             records.append(dict(stem=stem, seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, bench.task.scale, bench.metrics, y, bench.task)))
-            progress.update()
+            progress.add(1)
     if len(records) > 1:
         records[0]["seconds"] = None  # it warmed the machine up
     return records
@@ -257,11 +259,11 @@ def restore_picture(row, bench, y, stream, png):
         dtype = bench.rk45_dtype if row.how.get("solver") == "rk45" else bench.dtype
         start = time.perf_counter()
         x, nfe = restore(row.network.net, x_lr, row.network.task.sigma_p, stream, dtype=dtype, tile_pad=bench.tile_pad,
-                         tile=auto_tile(*x_lr.shape[2:]) if bench.tile == "auto" else bench.tile, **row.how)
+                         tile=pick_tile(bench.tile, row.network.net, *x_lr.shape[2:], dtype, bench.tile_pad), **row.how)
         seconds = time.perf_counter() - start  # x is back on the CPU: the device has finished
     if not x.isfinite().all():
         raise InputError(f"{row.name} gave a value that is not finite for {png.name}")
-    write_image(png, to_uint8(x)[0].numpy())
+    write_picture(png, to_uint8(x)[0].numpy())
     return nfe, seconds
 
 
@@ -655,7 +657,7 @@ def measure_pairs(args, device):
     crop = data.TASKS[args.dataset or "photos"].scale if args.scale is None else args.scale
     metrics = pick(args, crop, device)
     warn_of_few(metrics, len(pairs))
-    records = [dict(seed=0, nfe=None, seconds=None, **measure(a, b, crop, metrics)) for _, a, b in tqdm(pairs, unit="pair", disable=None, leave=False)]
+    records = [dict(seed=0, nfe=None, seconds=None, **measure(a, b, crop, metrics)) for _, a, b in pairs]
     sets = [measure_sets([a for _, a, _ in pairs], [b for _, _, b in pairs], metrics, {})] if metrics.sets else ()
     row = dict(name=Path(restored).name, **{**summarise(records, [0], len(pairs), sets), "seeds": None})
     protocol = dict(restored=str(restored), truth=str(truth), pictures=len(pairs), crop=crop, metrics=metrics.notes, torch=torch.__version__)
@@ -681,8 +683,7 @@ def main(argv=None):
         return measure_pairs(args, device) if rank == 0 else None
 
     # --- what to measure, and on what: everything that can be wrong comes before any work ---
-    networks = [load_network(path, device, args) for path in args.ckpt or [p for p in SHIPPED if p.is_file()]]
-    name_networks(networks)
+    networks = load_networks(args.ckpt or [p for p in SHIPPED if p.is_file()], device, args)
     check_networks(networks, args)
     args.dataset = args.dataset or "photos"
     task = networks[0].task if networks else measured_task(args)
@@ -711,15 +712,15 @@ def main(argv=None):
     bench = Bench(truth, task, out_dir, metrics, dtype, torch.float32 if args.dtype == "auto" else dtype, args.tile, args.tile_pad, rank, world)
     protocol, heading = describe(networks, rows, bench, what, args, device)
     width, names = max([len(row.name) for row in rows] + [len(n.name) + 10 for n in networks if args.tune_t]), metrics.names()
-    say = (lambda text: tqdm.write(text)) if rank == 0 else lambda text: None
+    total = sum(len(bench.seeds(row, args.seeds)) for row in rows) * len(sorted(sources)[rank::world])
+    progress = Progress(total, "picture", rank if world > 1 else None)
+    say = (progress.bar.write if progress.bar else functools.partial(print, flush=True)) if rank == 0 else lambda text: None
     say(f"{heading}\n{table_line(None, width, names)}")
     if world > 1:
         dist.init_process_group("gloo")
         dist.barrier()  # the folder is clear
     for stem in sorted(sources)[rank::world]:
-        write_image(truth[stem], load_truth(sources[stem], task))
-    total = sum(len(bench.seeds(row, args.seeds)) for row in rows) * len(sorted(sources)[rank::world])
-    progress = tqdm(total=total, unit="picture", leave=False, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10, disable=rank > 0)
+        write_picture(truth[stem], load_truth(sources[stem], task))
     results = []
     for row in rows:
         results.append(measure_row(row, bench, args.seeds, progress))

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from console import InputError, atomic_write
 from metrics import METRICS, luma
-from pictures import read_image, write_image
+from pictures import read_image, write_picture
 
 TILE = 256  # side of a picture, and of its detail, in side_by_side
 
@@ -131,9 +131,9 @@ def side_by_side(path, stems, rows, bench):
                 scores = {name: bench.metrics.pictures[name](a, b).item() for name in ("psnr_rgb", "lpips") if name in bench.metrics.pictures}
             columns.append(column(array, box, row.name, "  ".join(f"{name} {value:.{METRICS[name]}f}" for name, value in scores.items())))
         bands.append(np.hstack([np.asarray(c) for c in [*columns, column(truth, box, "truth", stem.rpartition("/")[2][-34:])]]))
-    write_image(Path(path), np.vstack(bands))
+    write_picture(Path(path), np.vstack(bands))
 
 
 def grid(path, rows):
     """Pictures in rows, lists of (h, w, 3) uint8 of one size, without anything between them."""
-    write_image(Path(path), np.vstack([np.hstack(row) for row in rows]))
+    write_picture(Path(path), np.vstack([np.hstack(row) for row in rows]))

@@ -23,10 +23,10 @@ import training
 from console import InputError, in_range
 from degradations import degrade
 from evaluate import validate
+from flow import integrate, one_step
 from metrics import load_lpips
 from model import PRESETS, UNet, load_model, network_config
-from pictures import write_image
-from sample import integrate, one_step
+from pictures import write_picture
 
 
 def parse_args(argv):
@@ -36,7 +36,7 @@ def parse_args(argv):
     p.add_argument("--t0_share", type=in_range(float, 0, 0.99), default=0, help="share of the pictures trained at t = 0 alone, where the most faithful picture comes from")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
     p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
-    training.add_training_flags(p, max_iters=100_000)
+    training.add_training_flags(p)
     return p.parse_args(argv)
 
 
@@ -74,14 +74,9 @@ def main(argv=None):
 
     # --- data ---
     checkpoint = training.find_checkpoint(run)
-    start, meta = (None, None) if args.init_from in ("scratch", "resume") else load_model(args.init_from, model=task.model)
-    try:
-        train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
-    except InputError as e:
-        if not args.dry_run:
-            raise
-        train_paths, val_paths = [], []
-        run.say(str(e))
+    named = args.init_from not in ("scratch", "resume") and not training.absent(args, args.init_from)
+    start, meta = load_model(args.init_from, model=task.model) if named else (None, None)
+    train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
 
     # --- model ---
     config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths, start, meta)
@@ -121,7 +116,7 @@ def main(argv=None):
                 state.ema.copy_to(ema_model)
                 state.scores, grid = validate(predict, val, task, lpips, run.device)
                 training.log(run, dict(step=state.step, **state.scores))
-                write_image(run.out_dir / f"val_{state.step:07d}.png", grid)
+                write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
             if run.master:
                 training.save(run, state)
                 if args.always_save_checkpoint:
@@ -131,7 +126,7 @@ def main(argv=None):
         if state.step >= args.max_iters or stop:
             break
 
-        training.set_learning_rate(run, state)
+        training.before_update(run, state)
         for micro in range(args.gradient_accumulation_steps):
             x_1, n, seeds, t = training.next_batch(run, batches)
             x_in, target, t = make_pair(x_1, seeds, t, task, args)

@@ -14,12 +14,13 @@ from PIL import Image
 
 import data
 import evaluate
+import figures
 import metrics
 from console import InputError
 from degradations import degrade, to_float
 from kernels import to_uint8
 from model import UNet, network_config, save_release
-from pictures import read_image, write_image
+from pictures import read_image, write_picture
 from test_metrics import batch, smooth
 
 ROOT = Path(evaluate.__file__).parent
@@ -30,14 +31,14 @@ ROOT = Path(evaluate.__file__).parent
 
 def write(folder, **pictures):
     for name, x in pictures.items():
-        write_image(folder / name.replace("__", "/").replace("_png", ".png").replace("_bmp", ".bmp"), x)
+        write_picture(folder / name.replace("__", "/").replace("_png", ".png").replace("_bmp", ".bmp"), x)
     return folder
 
 
 def run(monkeypatch, *argv):
-    """evaluate.main without LPIPS, whatever this machine has."""
-    monkeypatch.setattr(evaluate, "load_lpips", lambda *a: None)
-    evaluate.main([str(a) for a in argv])
+    """evaluate.main without LPIPS, whatever this machine has; in a folder of results of its own."""
+    argv = [str(a) for a in argv]
+    evaluate.main([*([] if "--metrics" in argv else ["--metrics", "psnr_rgb,psnr_y,ssim_y"]), *argv])
 
 
 def test_pairs_are_by_stem_and_the_mean_is_over_them(tmp_path, monkeypatch, capsys):
@@ -123,7 +124,7 @@ def test_every_row_is_there_with_the_evaluations_counted(table):
 
 def test_unless_told_a_student_is_swept_over_t_and_a_flow_over_its_steps(files):
     args = evaluate.parse_args(["--solver", "midpoint,rk45"])
-    rows = evaluate.plan_rows([evaluate.load_network(files / f"{name}.safetensors", torch.device("cpu"), args) for name in ("student", "flow")], args)
+    rows = evaluate.plan_rows(evaluate.load_networks([files / f"{name}.safetensors" for name in ("student", "flow")], torch.device("cpu"), args), args)
     assert [row.name for row in rows] == ["bicubic", *(f"student_t{t}" for t in (0, 0.25, 0.5, 0.75, 1)),
                                           "flow_euler1", *(f"flow_midpoint{k}" for k in (1, 2, 4, 8)), "flow_rk45"]
 
@@ -199,7 +200,7 @@ def test_plot_labels_t_and_evaluations(tmp_path):
     rows = [{**point, "name": "bicubic", "curve": None}, *({**point, "name": "s", "curve": "student", "t": t, "lpips": 0.4 - t / 10} for t in (0, 0.5)),
             {**point, "name": "f", "curve": "flow", "nfe": 16}]
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        evaluate.plot(tmp_path / "plot.svg", rows)
+        figures.tradeoff(tmp_path / "plot.svg", rows)
     text = (tmp_path / "plot.svg").read_text()
     for label in ("t 0<", "t 0.5<", "16 NFE<", "bicubic<", "student<", "flow<"):
         assert label in text
@@ -231,7 +232,7 @@ def test_a_file_that_does_not_say_its_stage_takes_it_from_the_flag(tmp_path):
     (("--ckpt", "flow.safetensors", "--solver", "rk45", "--steps", "4"), "without --steps"),
     (("--ckpt", "flow.safetensors", "--stage", "distill"), "its stage is flow"),
     (("--ckpt", "nothing.pt"), "at nothing.pt"),
-    (("--ckpt", "student.safetensors", "student.safetensors"), "both be called student"),
+    (("--ckpt", "student.safetensors", "student.safetensors"), "is named twice"),
     (("--ckpt", "student.safetensors", "x8.safetensors"), "scale 4 and 8"),
     (("--ckpt", "unknown.safetensors"), "--dataset"),
     (("--ckpt", "student.safetensors", "--data_dir", "nowhere"), "no folder nowhere"),
@@ -260,7 +261,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, monkeypatch, 
     assert "\n" not in str(e.value) and sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("flags, words", ((("--solver", "midpoint,rk4"), "no solver 'rk4'"), (("--steps", "1,0"), "out of range"), (("--t", "1.5"), "t goes from 0"),
+@pytest.mark.parametrize("flags, words", ((("--solver", "midpoint,rk4"), "no solver 'rk4'"), (("--steps", "1,0"), "out of range"), (("--t", "half"), "is not a number"),
                                           (("--seeds", "0"), "out of range"), (("--see", "2"), "unrecognized")))
 def test_a_bad_flag_is_refused_by_name(flags, words, capsys):
     with pytest.raises(SystemExit) as e:
