@@ -36,7 +36,7 @@ from PIL import Image
 
 import data
 import figures
-from console import InputError, Progress, atomic_write, in_range
+from console import InputError, Parser, Progress, atomic_write, in_range
 from degradations import H_T, H, degrade, observe, to_float
 from folders import note, trained_on
 from kernels import noise_augment, to_uint8
@@ -533,12 +533,11 @@ def clear(out_dir):
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock(out_dir)
-        marked = (out_dir / MARK).is_file()
-        for path in sorted(out_dir.iterdir()):
-            if path.name in (MARK, ".lock"):
-                continue
-            if not marked or not (path.name == "hr" or all(p.name.startswith("seed") for p in path.iterdir())):
+        there, marked = sorted(p for p in out_dir.iterdir() if p.name not in (MARK, ".lock")), (out_dir / MARK).is_file()
+        for path in there:
+            if not (marked and path.is_dir() and (path.name == "hr" or all(p.name.startswith("seed") for p in path.iterdir()))):
                 raise InputError(f"--out_dir {out_dir} holds {path.name}, which evaluate.py did not write: choose another, or take it away")
+        for path in there:
             shutil.rmtree(path)
     except OSError as e:
         raise InputError(f"cannot write into {out_dir}: {e.strerror}") from None
@@ -549,7 +548,7 @@ def clear(out_dir):
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(description=__doc__)
     data.add_task_flags(p)
     p.set_defaults(dataset=None)  # so that a checkpoint's own task is known from one that was asked for
     whole, positive = in_range(int, 0), in_range(int, 1)
