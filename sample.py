@@ -300,33 +300,39 @@ def work(job, ts):
     return job.size[0] * job.size[1] / 1e6 * sum(t in job.outs or STRIP in job.outs for t in ts)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    found, skipped = find_inputs(args.inputs, args.recursive)
-
-    import torch
-    import torch.distributed as dist
-
+def prepare(args):
+    """What is asked of which network: (UNet, Task, [t], what every restoring is given, what every note says). Raises InputError."""
     from data import TASKS
     from kernels import extension_devices
-    from model import keep_freed_memory, pick_device, pick_dtype
+    from model import PRESETS, keep_freed_memory, pick_device, pick_dtype
+    for flag, names in (("preset", PRESETS), ("dataset", TASKS)):
+        if (name := getattr(args, flag)) and name not in names:
+            raise InputError(f"no --{flag} {name}: there are {', '.join(names)}")
     keep_freed_memory()
-    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, pick_device(args.device))
     net, stage, task = load(args.ckpt, args.device, args.preset)
     if task and args.dataset:
         raise InputError(f"this checkpoint says its task ({task.name}): --dataset is for files that do not")
     task = task or TASKS[args.dataset or "photos"]
     ts, solver = choose(stage, task, args.t, args.solver, args.steps)
+    extension_devices()  # chosen here: what is wrong with the kernels is not a picture's fault
+    how = dict(dtype=dtype, solver=solver, steps=args.steps or STEPS, rtol=args.rtol or 1e-3, atol=args.atol or 1e-3, tile_pad=args.tile_pad)
+    note = dict(seed=args.seed, weights=Path(args.ckpt or WEIGHTS).name, dtype=str(dtype).removeprefix("torch."))
+    return net, task, ts, how, note
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    found, skipped = find_inputs(args.inputs, args.recursive)
+
+    # --- what to do; under torchrun the processes share one list, and leave together ---
+    import torch
+    import torch.distributed as dist
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    net, task, ts, how, note = prepare(args)
     if args.suffix is None:
         sides = "".join(f"_{letter}{side}" for letter, side in (("w", args.width), ("h", args.height)) if side)
         args.suffix = sides or f"_x{args.outscale or task.scale:g}"
-    dtype = pick_dtype(args.dtype, device)
-    how = dict(solver=solver, steps=args.steps or STEPS, rtol=args.rtol or 1e-3, atol=args.atol or 1e-3, tile_pad=args.tile_pad)
-    note = dict(seed=args.seed, weights=Path(args.ckpt or WEIGHTS).name, dtype=str(dtype).removeprefix("torch."))
-    extension_devices()  # chosen here: what is wrong with the kernels is not a picture's fault
-
-    # --- what to do; under torchrun the processes share one list, and leave together ---
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     jobs, more, told = plan(found, ts, task.scale, args)
     skipped += more
     if world > 1:
@@ -335,8 +341,9 @@ def main(argv=None):
         dist.broadcast_object_list(shared)
         jobs = shared[0]
     todo = [job for job in jobs if job.outs]
-    for line in [*told, *(f"skipped: {why}" for why in skipped)] if rank == 0 else ():
-        print(line, file=sys.stderr)
+    if rank == 0:
+        for line in [*told, *(f"skipped: {why}" for why in skipped)]:
+            print(line, file=sys.stderr)
 
     # --- do it ---
     mine = [(number, len(todo), job) for number, job in enumerate(todo, 1)][rank::world]
@@ -344,13 +351,15 @@ def main(argv=None):
     progress = Progress(total, "megapixels", rank if world > 1 else None)
     begin = time.perf_counter()
     try:
-        run(mine, net, task, ts, args, tally, progress, dtype=dtype, note=note, **how)
+        run(mine, net, task, ts, args, tally, note=note, progress=progress, **how)
     except KeyboardInterrupt:
         progress.close()
         print(f"stopped: {tally['done']} of {len(mine)} done, what is written is whole; the same command with --skip_existing goes on", file=sys.stderr)
         return 130
     progress.close()
     seconds = time.perf_counter() - begin
+
+    # --- say what was done ---
     counts = torch.tensor([tally["done"], tally["skipped"], total], dtype=torch.float64)
     if world > 1:
         dist.all_reduce(counts)
