@@ -29,10 +29,11 @@ ASSETS = Path(__file__).parent / "assets"
 @dataclass(frozen=True)
 class Task:
     name: str
-    degradation: str = "bicubic"  # H: "bicubic" (antialiased) or "avgpool"
+    degradation: str = "bicubic"  # H: "bicubic" (antialiased), "avgpool", or "real" (degradations.py)
     scale: int = 4
     sigma_n: float = 0.0  # noise of the measurement, on the [-1, 1] scale
     eight_bit: bool = False  # the low-resolution picture is clamped and rounded to 8 bits, as in a file; the paper's is not
+    strength: float = 0.0  # of "real": 0 (bicubic) to 1 (as published); -1: drawn by picture
     sigma_p: float = 0.1  # perturbation of the start, Eq. (4)
     image_size: int = 256  # side of a training picture
     crop: str = "center"  # "center": resize the short side, cut the middle; "random": cut anywhere, no resizing
@@ -48,6 +49,7 @@ class Task:
 
 TASKS = {task.name: task for task in (
     Task("photos", eight_bit=True, sigma_p=0.1, image_size=128, crop="random", model="photos"),
+    Task("photos_real", degradation="real", strength=-1.0, eight_bit=True, sigma_p=0.1, image_size=128, crop="random", model="photos"),
     Task("ffhq", train_files=60000, val_list="ffhq_val_100.txt", paper="Table 2, top"),
     Task("ffhq_noisy", degradation="avgpool", sigma_n=0.05, sigma_p=0.5, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 2, bottom"),
     Task("ffhq_x8", scale=8, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
@@ -55,6 +57,8 @@ TASKS = {task.name: task for task in (
     Task("ffhq512_x8", image_size=512, scale=8, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
     Task("div2k", sigma_p=0.2, crop="random", paper="Table 1"),
     Task("imagenet", sigma_p=0.2, model="imagenet", val_list="imagenet_val_100.txt", paper="Table 3"),
+    Task("realsr", degradation="real", strength=1.0, eight_bit=True, sigma_p=0.2, paper="Tables 4 and 5, 64 to 256"),
+    Task("realsr512", degradation="real", strength=1.0, eight_bit=True, sigma_p=0.2, image_size=512, crop="random", paper="Tables 5 and 6, 128 to 512"),
     Task("ffhq_uncond", sigma_p=1.0, loss="l2", hflip=0.0, vflip=0.0, condition=False, train_files=-1, paper="Appendix F"),
 )}
 
@@ -63,9 +67,10 @@ def add_task_flags(parser):
     """--dataset picks a row of the table, any other of these overrides a cell of it."""
     g = parser.add_argument_group("task: --dataset picks a row of data.TASKS, the rest override its cells")
     g.add_argument("--dataset", choices=TASKS, default="photos", help="which row (default: photos, any folder of photographs)")
-    g.add_argument("--degradation", choices=("bicubic", "avgpool"), help="H")
+    g.add_argument("--degradation", choices=("bicubic", "avgpool", "real"), help="H")
     g.add_argument("--scale", type=in_range(int, 1, 64), help="how many times smaller x_lr is")
     g.add_argument("--sigma_n", type=in_range(float, 0, 10), help="noise of the measurement, on the [-1, 1] scale")
+    g.add_argument("--strength", type=in_range(float, -1, 1), help="of --degradation real: 0 (bicubic reduction) to 1 (as published); -1: drawn by picture")
     g.add_argument("--eight_bit", action=argparse.BooleanOptionalAction, help="round the low-resolution picture to 8 bits, as a file does")
     g.add_argument("--sigma_p", type=in_range(float, 0, 1), help="perturbation of the start, Eq. (4)")
     g.add_argument("--image_size", type=in_range(int, 8), help="side of a training picture")
@@ -81,18 +86,24 @@ def resolve_task(args, row=None):
     task = replace(row or TASKS[args.dataset], **given)
     if task.image_size % task.scale:
         raise InputError(f"--image_size {task.image_size} is not a multiple of --scale {task.scale}")
+    if -1 < task.strength < 0:
+        raise InputError(f"--strength {task.strength:g} should lie between 0 and 1, or be -1: drawn by picture")
+    if task.degradation != "real":
+        if "strength" in given and task.strength:
+            raise InputError(f"--strength is of --degradation real, not of {task.degradation}")
+        task = replace(task, strength=0.0)
     return task
 
 
 def find_pictures(task, data_dir=None):
     """The folder of a task, all of its pictures, and those of them that are marked for validation: (Path, [Path], [Path]).
 
-    data_dir defaults to data/<task name>, and where there is no data/photos, to the photographs in assets/. Marked
+    data_dir defaults to data/<task name> (of photos_real data/photos), and where there is no data/photos, to the photographs in assets/. Marked
     are those that the task's list names (whatever their endings), else those in a subfolder val/; there may be none.
     Raises InputError if there is no folder or no picture.
     """
-    folder = Path(data_dir or Path("data") / task.name)
-    if data_dir is None and task.name == "photos" and not folder.is_dir():
+    folder = Path(data_dir or Path("data") / task.name.removesuffix("_real"))
+    if data_dir is None and folder.name == "photos" and not folder.is_dir():
         folder, paths = ASSETS, sorted(ASSETS.glob("*.png"))
         if os.environ.get("RANK", "0") == "0":
             print(f"no folder data/photos: using the {len(paths)} photographs in assets/, enough to see it run "

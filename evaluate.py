@@ -19,137 +19,28 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import statistics
 import sys
 import time
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 
 import data
 from console import InputError, atomic_write, in_range
 from degradations import H_T, H, degrade, to_float
 from kernels import noise_augment, to_uint8
+from metrics import METRICS, check_size, load_lpips, measure, pick_metrics, psnr_rgb
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
 from pictures import list_images, read_image, write_image
 from sample import SOLVERS, auto_tile, check_tile, dial, restore, tile_size
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = (WEIGHTS / "photos_x4.safetensors", WEIGHTS / "photos_x4_flow.safetensors")
-METRICS = {"psnr_rgb": 3, "psnr_y": 3, "ssim_y": 4, "lpips": 4}  # decimals
-WINDOW = 11  # side of SSIM's
-
-
-# --- metrics: pure functions of two batches. PSNR and SSIM are of float64, which mps has not: they are for the CPU ---
-
-
-def psnr_rgb(a, b):
-    """PSNR in dB of each picture over all of its pixels and channels: a, b (B, 3, H, W) uint8 -> (B,) float64, inf if equal."""
-    return _psnr(a.cpu().double(), b.cpu().double())
-
-
-def psnr_y(a, b, crop):
-    """PSNR in dB of the luma, without `crop` pixels at each border: a, b (B, 3, H, W) uint8 -> (B,) float64, inf if equal."""
-    return _psnr(luma(a, crop), luma(b, crop))
-
-
-def _psnr(a, b):
-    return 10 * torch.log10(255**2 / (a - b).square().mean(dim=(1, 2, 3)))
-
-
-def luma(x, crop=0):
-    """BT.601 luma in the limited range 16 to 235, not rounded, less `crop` pixels at each border: uint8 (B, 3, H, W) -> (B, 1, h, w) float64.
-
-    The range is the super-resolution literature's; in the full range every PSNR reads 20 log10(255/219) = 1.3219 dB lower.
-    """
-    x = x[..., crop : x.shape[-2] - crop, crop : x.shape[-1] - crop].cpu().double() / 255
-    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64)
-    return (x * weights.view(3, 1, 1)).sum(dim=1, keepdim=True) + 16
-
-
-def ssim_y(a, b, crop):
-    """SSIM of the luma (Wang et al. 2004) without `crop` pixels at each border: a, b (B, 3, H, W) uint8 -> (B,) float64.
-
-    11x11 Gaussian of deviation 1.5, K1 .01, K2 .03, range 255, the mean over where the window fits.
-    Raises ValueError when it fits nowhere.
-    """
-    if min(a.shape[-2:]) < WINDOW + 2 * crop:
-        raise ValueError(f"{a.shape[-2]} x {a.shape[-1]} less {crop} at each border is smaller than SSIM's {WINDOW} x {WINDOW} window")
-    g = torch.exp(-(torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2) ** 2 / (2 * 1.5**2))
-    g = (g / g.sum()).view(1, 1, WINDOW, 1)
-
-    def mean(x):  # the Gaussian is separable: columns, then rows
-        return F.conv2d(F.conv2d(x, g), g.mT)
-
-    a, b = luma(a, crop), luma(b, crop)
-    mu_a, mu_b = mean(a), mean(b)
-    var_a, var_b, cov = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2, mean(a * b) - mu_a * mu_b
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    s = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
-    return s.mean(dim=(1, 2, 3))
-
-
-def load_lpips(backbone=None, device="cpu"):
-    """LPIPS v0.1 with AlexNet: a function of two (B, 3, H, W) in [-1, 1] to (B,), or None when no AlexNet is found.
-
-    backbone: a file of torchvision's AlexNet weights; else the file OFTSR_LPIPS_ALEX names; else torchvision's
-    cache. Never downloads. Raises InputError when the file named is not there or not an AlexNet.
-    """
-    file = backbone or os.environ.get("OFTSR_LPIPS_ALEX")
-    if not file:
-        cached = sorted(Path(torch.hub.get_dir(), "checkpoints").glob("alexnet-owt-*.pth"))
-        if not cached:
-            if os.environ.get("RANK", "0") == "0":
-                print("LPIPS is left out: no AlexNet in torchvision's cache (name a file with --lpips_backbone or OFTSR_LPIPS_ALEX)", file=sys.stderr)
-            return None
-        file = cached[0]
-    if not Path(file).is_file():
-        raise InputError(f"no AlexNet weights at {file}")
-    try:
-        state = torch.load(file, map_location=device, weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
-        state = None
-    import lpips
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision's advice about arguments that lpips passes
-        metric = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).to(device).eval().requires_grad_(False)
-    layers = {name: p for part in (metric.net.slice1, metric.net.slice2, metric.net.slice3, metric.net.slice4, metric.net.slice5)
-              for name, p in part.named_parameters()}
-    features = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")} if isinstance(state, dict) else {}
-    if features.keys() != layers.keys() or any(features[k].shape != layers[k].shape for k in layers):
-        raise InputError(f"{file} does not hold torchvision's AlexNet features")
-    for name, p in layers.items():
-        p.data.copy_(features[name])
-
-    def distance(a, b):
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # metrics in float32, on a GPU too
-            return metric(a, b).flatten()
-    return distance
-
-
-def measure(restored, truth, crop, lpips, device):
-    """Every metric of one picture file against another: a dict of floats. Raises InputError that names what does not fit."""
-    a, b = (torch.from_numpy(read_image(p)).permute(2, 0, 1)[None] for p in (restored, truth))
-    if a.shape != b.shape:
-        raise InputError(f"{restored} is {a.shape[3]} x {a.shape[2]}, but {truth} is {b.shape[3]} x {b.shape[2]}")
-    check_size(truth, *b.shape[2:], crop)
-    scores = dict(psnr_rgb=psnr_rgb(a, b), psnr_y=psnr_y(a, b, crop), ssim_y=ssim_y(a, b, crop))
-    if lpips:
-        scores["lpips"] = lpips(to_float(a).to(device), to_float(b).to(device))
-    return {name: s.item() for name, s in scores.items()}
-
-
-def check_size(path, height, width, crop):
-    least = max(32, WINDOW + 2 * crop)  # AlexNet's pooling leaves nothing of less than 31, SSIM's window must fit
-    if min(height, width) < least:
-        raise InputError(f"{path} is {width} x {height}: the metrics need at least {least} pixels a side")
 
 
 def summarise(records, seeds, count):
@@ -237,8 +128,8 @@ def load_truth(path, task):
 
 
 def bicubic(x_lr, task):
-    """The row that betrays a wrong protocol: bicubic enlargement, (B, 3, H, W). For the task bicubic x_lr is that already."""
-    if task.degradation == "bicubic":
+    """The row that betrays a wrong protocol: bicubic enlargement, (B, 3, H, W). But for avgpool x_lr is that already."""
+    if task.degradation != "avgpool":
         return x_lr
     return H_T(H(x_lr, task.degradation, task.scale), "bicubic", task.scale)  # H undoes the repetition exactly
 
@@ -298,7 +189,7 @@ def check_networks(networks, args):
         for other in networks[:i]:
             if n.name == other.name:
                 raise InputError(f"{other.path} and {n.path} would both be called {n.name}: rename one")
-            for cell in ("degradation", "scale", "sigma_n", "crop", "image_size"):
+            for cell in ("degradation", "strength", "scale", "sigma_n", "crop", "image_size"):
                 a, b = getattr(other.task, cell), getattr(n.task, cell)
                 if a != b and not (cell == "image_size" and n.task.crop == "random"):
                     raise InputError(f"{other.path} and {n.path} have different tasks ({cell} {a} and {b}): measure them apart, or give --{cell}")
@@ -336,7 +227,7 @@ def plan_rows(networks, args):
 
 
 @torch.no_grad()
-def run_row(row, truth, task, seeds, out_dir, lpips, device, dtype, tile, tile_pad):
+def run_row(row, truth, task, seeds, out_dir, metrics, dtype, tile, tile_pad):
     """Restore, save, read back and measure each picture of truth {stem: path of its PNG} under each seed: a list of records.
 
     The noise of a picture follows from its file's name and the seed: it does not depend on which others are there.
@@ -360,7 +251,7 @@ def run_row(row, truth, task, seeds, out_dir, lpips, device, dtype, tile, tile_p
                 raise InputError(f"{row.name} gave a value that is not finite for {stem} with seed {seed}")
             png = out_dir / row.name / f"seed{seed}" / f"{stem}.png"
             write_image(png, to_uint8(x)[0].numpy())
-            records.append(dict(seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, task.scale, lpips, device)))
+            records.append(dict(seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, task.scale, metrics)))
     if len(records) > 1:
         records[0]["seconds"] = None  # it warmed the machine up
     return records
@@ -469,7 +360,8 @@ def measure_pairs(args, device):
     restored, truth = args.pairs
     pairs, lpips = find_pairs(restored, truth), load_lpips(args.lpips_backbone, device)
     crop = data.TASKS[args.dataset or "photos"].scale if args.scale is None else args.scale
-    records = [dict(seed=0, nfe=0, seconds=None, **measure(a, b, crop, lpips, device)) for _, a, b in pairs]
+    metrics = pick_metrics(crop, lpips, device)
+    records = [dict(seed=0, nfe=0, seconds=None, **measure(a, b, crop, metrics)) for _, a, b in pairs]
     row = dict(name=Path(restored).name, **{**summarise(records, [0], len(pairs)), "nfe": None, "seeds": None})
     protocol = dict(restored=str(restored), truth=str(truth), pictures=len(pairs), crop=crop, torch=torch.__version__)
     names = [name for name in METRICS if name in row]
@@ -477,6 +369,11 @@ def measure_pairs(args, device):
     print(table_line(None, len(row["name"]), names) + "\n" + table_line(row, len(row["name"]), names))
     if args.json:
         write_json(args.json, protocol, [row])
+
+
+def how_degraded(task):
+    strength = "drawn" if task.strength < 0 else f"{task.strength:g}"
+    return f"real, strength {strength}," if task.degradation == "real" else task.degradation
 
 
 def describe(networks, rows, task, what, args, dtype, device):
@@ -488,9 +385,9 @@ def describe(networks, rows, task, what, args, dtype, device):
         parts.append(dict(name=n.name, file=str(n.path), sha256=n.sha256, stage=n.stage, step=n.step, sigma_p=n.task.sigma_p, how=how,
                           parameters=sum(p.numel() for p in n.net.parameters()), gmacs_256=count_macs(n.net, 256, 256) / 1e9))
     cut = f"centre {task.image_size}" if task.crop == "center" else f"whole, to multiples of {task.scale}"
-    protocol = dict(pictures=what, cut=cut, H=task.degradation, scale=task.scale, sigma_n=task.sigma_n, seeds=list(range(args.seeds)), networks=parts,
+    protocol = dict(pictures=what, cut=cut, H=how_degraded(task), scale=task.scale, sigma_n=task.sigma_n, seeds=list(range(args.seeds)), networks=parts,
                     dtype=str(dtype).removeprefix("torch."), tile=args.tile, device=str(device), torch=torch.__version__)
-    line = (f"{what} ({cut}), H {task.degradation} x{task.scale}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
+    line = (f"{what} ({cut}), H {how_degraded(task)} x{task.scale}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
             + "".join(f"{p['name']} = {p['file']} sha256 {p['sha256']}, sigma_p {p['sigma_p']:g}, {p['how']}; " for p in parts)
             + f"{protocol['dtype']}, tile {args.tile}, {device}, torch {torch.__version__}")
     costs = [f"{p['name']}: {p['stage']}, step {'unknown' if p['step'] is None else p['step']}, {p['parameters']:,} parameters, "
@@ -529,7 +426,8 @@ def main(argv=None):
         print("no --ckpt, and no weights in weights/: bicubic alone is measured", file=sys.stderr)
 
     # --- measure ---
-    names = [name for name in METRICS if lpips or name != "lpips"]
+    metrics = pick_metrics(task.scale, lpips, device)
+    names = list(metrics)
     width = max(len(row.name) for row in rows)
     protocol, heading = describe(networks, rows, task, what, args, dtype, device)
     say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
@@ -542,8 +440,8 @@ def main(argv=None):
         write_image(truth[stem], load_truth(sources[stem], task))
     results = []
     for row in rows:
-        seeds = range(args.seeds) if row.network or task.sigma_n else [0]  # without noise, bicubic has no seed
-        parts = [run_row(row, truth, task, seeds, out_dir, lpips, device, dtype, args.tile, args.tile_pad)]
+        seeds = range(args.seeds) if row.network or task.sigma_n or task.degradation == "real" else [0]  # without noise, bicubic has no seed
+        parts = [run_row(row, truth, task, seeds, out_dir, metrics, dtype, args.tile, args.tile_pad)]
         if world > 1:
             gathered = [None] * world
             dist.all_gather_object(gathered, parts[0])

@@ -8,7 +8,8 @@ from scipy.integrate import RK45
 import data
 import kernels
 import sample
-from distill import Critic, critic_loss, distillation_losses, grid_error, mean_score, perceptual_losses
+from distill import distillation_losses
+from perceptual import Critic, critic_loss, grid_error, mean_score, perceptual_losses
 from sample import SOLVERS, integrate, mean_slope, one_step, reflect_to, restore, tile_spans
 from test_model import tiny
 from train_flow import flow_loss

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from console import InputError
-from model import EMA, PRESETS, Muon, UNet, UpConv, count_macs, load_checkpoint, load_model, make_optimizers, network_config, save_checkpoint, save_release
+from model import PRESETS, UNet, UpConv, count_macs, load_checkpoint, load_model, network_config, save_release
+from training import EMA, Muon, make_optimizers, save_checkpoint
 
 GOLDEN = Path(os.environ.get("OFTSR_GOLDEN", "nowhere"))
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="OFTSR_GOLDEN does not name the folder of published reference outputs")
@@ -227,7 +228,7 @@ def test_bad_files_are_one_line(tmp_path):
 
 WRITER = """
 import sys, torch
-from model import save_checkpoint
+from training import save_checkpoint
 n = 0
 while True:
     n += 1

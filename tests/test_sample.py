@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,11 @@ import sample
 from console import InputError
 from data import TASKS
 from degradations import degrade, to_float
-from evaluate import psnr_rgb
 from kernels import to_uint8
+from metrics import psnr_rgb
 from model import save_release
 from pictures import read_image
 from test_model import tiny
-from train_flow import asdict
 
 ROOT = Path(__file__).parent.parent
 

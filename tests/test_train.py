@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "flow.safetensors"
-    task = dict(train_flow.asdict(train_flow.data.TASKS["photos"]), model="tiny")
+    task = dict(asdict(train_flow.data.TASKS["photos"]), model="tiny")
     save_release(path, tiny(sigma_p=0.1), dict(stage="flow", step=1, task=task))
     return path
 
@@ -121,7 +122,7 @@ def test_the_steps_of_distillation_end_everywhere(t_min, t_max, whole_steps, pho
 def test_the_truth_for_a_published_network_in_two_processes(photos, tmp_path):
     """No preconditioning, attention, six channels out; bfloat16, and batches that are summed."""
     network = tiny(precond=None, attention=(2,), head_channels=32, out_channels=6)
-    task = dict(train_flow.asdict(train_flow.data.TASKS["photos"]), model="tiny")
+    task = dict(asdict(train_flow.data.TASKS["photos"]), model="tiny")
     for stage in ("flow", "distill"):
         save_release(tmp_path / f"{stage}.safetensors", network, dict(stage=stage, step=1, task=task))
     done = torchrun(2, "distill.py", *SMALL, "--data_dir", photos, "--out_dir", tmp_path / "out", "--loss", "perceptual", "--teacher", tmp_path / "flow.safetensors",
@@ -332,7 +333,7 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, says, photos, tmp_path,
 ])
 def test_bad_input_of_the_distillation_is_one_line_too(flags, says, photos, teacher, tmp_path_factory, tmp_path, monkeypatch, capsys):
     files = {"OTHER": teacher, "UNCONDITIONAL": tmp_path_factory.mktemp("flow") / "uncond.safetensors"}
-    task = dict(train_flow.asdict(train_flow.data.TASKS["ffhq_uncond"]), model="tiny")
+    task = dict(asdict(train_flow.data.TASKS["ffhq_uncond"]), model="tiny")
     save_release(files["UNCONDITIONAL"], tiny(condition=False, precond=None), dict(stage="flow", step=1, task=task))
     flags = [str(files.get(flag, flag)) for flag in flags]
     monkeypatch.chdir(tmp_path)
