@@ -26,11 +26,11 @@ import training
 from console import InputError, in_range
 from degradations import degrade
 from evaluate import validate
+from flow import RK2_NODES, integrate, mean_slope, one_step
 from metrics import load_lpips
 from model import UNet, load_checkpoint, load_model
 from perceptual import Critic, add_perceptual_flags, critic_loss, perceptual_losses
-from pictures import write_image
-from sample import RK2_NODES, integrate, mean_slope, one_step
+from pictures import write_picture
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 
@@ -207,7 +207,7 @@ def main(argv=None):
                 state.ema.copy_to(ema_model)
                 state.scores, grid = validate(predict, val, task, lpips, run.device)
                 training.log(run, dict(step=state.step, **state.scores))
-                write_image(run.out_dir / f"val_{state.step:07d}.png", grid)
+                write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
             if run.master:
                 training.save(run, state)
                 if args.always_save_checkpoint:

@@ -36,8 +36,9 @@ from degradations import H_T, H, degrade, to_float
 from kernels import noise_augment, to_uint8
 from metrics import METRICS, check_size, load_lpips, measure, pick_metrics, psnr_rgb
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
-from pictures import list_images, read_image, write_image
-from sample import SOLVERS, auto_tile, check_tile, dial, restore, tile_size
+from pictures import list_images, read_image, write_picture
+from sample import SOLVERS, dial, tile_size
+from tiles import check_tile, pick_tile, restore
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = (WEIGHTS / "photos_x4.safetensors", WEIGHTS / "photos_x4_flow.safetensors")
@@ -153,7 +154,7 @@ class Row:
     name: str  # on the terminal, and of its folder under out_dir
     network: Network = None  # None: bicubic
     curve: str = None  # of the plot
-    how: dict = None  # t, solver and steps: the arguments of sample.restore
+    how: dict = None  # t, solver and steps: the arguments of tiles.restore
 
 
 def load_network(path, device, args):
@@ -245,12 +246,12 @@ def run_row(row, truth, task, seeds, out_dir, metrics, dtype, tile, tile_pad):
             else:
                 start = time.perf_counter()
                 x, nfe = restore(row.network.net, x_lr, row.network.task.sigma_p, stream, dtype=dtype, tile_pad=tile_pad,
-                                 tile=auto_tile(*x_lr.shape[2:]) if tile == "auto" else tile, **row.how)
+                                 tile=pick_tile(tile, row.network.net, *x_lr.shape[2:], dtype, tile_pad), **row.how)
                 seconds = time.perf_counter() - start  # x is back on the CPU: the device has finished
             if not x.isfinite().all():
                 raise InputError(f"{row.name} gave a value that is not finite for {stem} with seed {seed}")
             png = out_dir / row.name / f"seed{seed}" / f"{stem}.png"
-            write_image(png, to_uint8(x)[0].numpy())
+            write_picture(png, to_uint8(x)[0].numpy())
             records.append(dict(seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, task.scale, metrics)))
     if len(records) > 1:
         records[0]["seconds"] = None  # it warmed the machine up
@@ -437,7 +438,7 @@ def main(argv=None):
     truth = {}
     for stem in sorted(sources)[rank::world]:
         truth[stem] = out_dir / "hr" / f"{stem}.png"
-        write_image(truth[stem], load_truth(sources[stem], task))
+        write_picture(truth[stem], load_truth(sources[stem], task))
     results = []
     for row in rows:
         seeds = range(args.seeds) if row.network or task.sigma_n or task.degradation == "real" else [0]  # without noise, bicubic has no seed

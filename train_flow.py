@@ -23,10 +23,10 @@ import training
 from console import InputError, in_range
 from degradations import degrade
 from evaluate import validate
+from flow import integrate, one_step
 from metrics import load_lpips
 from model import PRESETS, UNet, load_model, network_config
-from pictures import write_image
-from sample import integrate, one_step
+from pictures import write_picture
 
 
 def parse_args(argv):
@@ -121,7 +121,7 @@ def main(argv=None):
                 state.ema.copy_to(ema_model)
                 state.scores, grid = validate(predict, val, task, lpips, run.device)
                 training.log(run, dict(step=state.step, **state.scores))
-                write_image(run.out_dir / f"val_{state.step:07d}.png", grid)
+                write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
             if run.master:
                 training.save(run, state)
                 if args.always_save_checkpoint:

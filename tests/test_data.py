@@ -11,7 +11,7 @@ import data
 import kernels
 from console import InputError
 from degradations import H_T, H, degrade, to_float
-from pictures import list_images, read_image, write_image
+from pictures import list_images, read_image, write_picture
 
 
 def picture(height=40, width=56, seed=0):
@@ -125,9 +125,9 @@ def test_broken_pictures(folder, capsys):
 
 def test_write_image_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(InputError, match="no picture format"):
-        write_image(tmp_path / "a.xyz", picture())
+        write_picture(tmp_path / "a.xyz", picture())
     with pytest.raises(TypeError):
-        write_image(tmp_path / "a.png", picture().astype(np.float64))
+        write_picture(tmp_path / "a.png", picture().astype(np.float64))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -135,9 +135,9 @@ def test_write_image_names_the_formats_limit(tmp_path):
     for ending, side in (("webp", 16383), ("jpg", 65500)):
         path = tmp_path / f"x.{ending}"
         with pytest.raises(InputError, match=f"at most {side} pixels"):
-            write_image(path, np.zeros((1, side + 1, 3), np.uint8))
+            write_picture(path, np.zeros((1, side + 1, 3), np.uint8))
         assert not list(tmp_path.iterdir())
-        write_image(path, np.zeros((1, side, 3), np.uint8))
+        write_picture(path, np.zeros((1, side, 3), np.uint8))
         path.unlink()
 
 
