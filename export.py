@@ -88,9 +88,9 @@ def reference_kernels():
 
 
 def export_onnx(path, net, task, t=0.5, seed=0):
-    """Write the student `net` of that task to path, with t and seed for those who give none. Raises InputError.
+    """Write the student `net` of that task to path, with t and seed for those who give none; returns a line that says what was written.
 
-    Needs the packages onnx and onnxscript.
+    Needs the packages onnx and onnxscript. Raises InputError.
     """
     try:
         import onnx
@@ -114,4 +114,6 @@ def export_onnx(path, net, task, t=0.5, seed=0):
     for node in model.graph.node:
         del node.metadata_props[:]  # the exporter's notes: where in which file of this machine a line of Python stands
     onnx.checker.check_model(model, full_check=True)
-    atomic_write(path, lambda tmp: tmp.write_bytes(model.SerializeToString()))
+    data = model.SerializeToString()
+    atomic_write(path, lambda tmp: tmp.write_bytes(data))
+    return f"{path}: x{task.scale}, {len(data) / 1e6:.1f} MB, ONNX opset {model.opset_import[0].version}; defaults t {t:g}, seed {seed}"
