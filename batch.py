@@ -123,18 +123,12 @@ def plan(found, ts, scale, args):
     if to_file and len(found) > 1:
         raise InputError(f"{len(found)} pictures do not fit in one file: -o {args.output} should name a folder")
     check_folder(Path(args.output).parent if to_file else Path(args.output))
-    taken = {_key(path): path for path, _ in found}  # what each file's name stands for already
-    for path, place in found:
+    files = {found[0][0]: names(Path(args.output), ts, args.strip)} if to_file and found else name_results(found, ts, args, told)
+    for path, _ in found:
         try:
             head = probe(path, args.max_pixels)
             size = result_size(head.height, head.width, scale, args)
-            base = Path(args.output) if to_file else Path(args.output) / result_name(place, args)
-            free = base if to_file else free_name(base, path, ts, args.strip, taken)
-            if free != base:
-                told.append(f"{path} becomes {free.name}, as {base.name} is taken by {next(taken[_key(n)] for n in names(base, ts, args.strip) if _key(n) in taken)}")
-            outs = names(free, ts, args.strip)
-            taken.update({_key(out): path for out in outs if _key(out) not in taken})
-            jobs.append(Job(path, head.height, head.width, size, to_write(path, dict(zip([*ts, STRIP], outs)), size, args)))
+            jobs.append(Job(path, head.height, head.width, size, to_write(path, dict(zip([*ts, STRIP], files[path])), size, args)))
         except InputError as e:
             skipped.append(str(e))
     return jobs, skipped, told
@@ -161,13 +155,24 @@ def names(base, ts, strip):
     return outs + [base.with_name(f"{base.stem}_strip.png")] * strip
 
 
-def free_name(base, path, ts, strip, taken):
-    """`base`, or where one of its files would meet an input or another's result, base with the picture's ending, its folder or a number in its name."""
-    extra = [path.suffix[1:].lower(), path.absolute().parent.name]
-    for more in itertools.chain(["", *filter(None, extra)], map(str, itertools.count(2))):
-        free = base.with_name(f"{base.stem}_{more}{base.suffix}") if more else base
-        if not any(_key(out) in taken for out in names(free, ts, strip)) or _key(free) == _key(path):  # to_write refuses the latter
-            return free
+def name_results(found, ts, args, told):
+    """{picture: its files}, no two of them the same and none an input: a picture whose result would meet another gets more of its own name into it."""
+    taken = {_key(path): path for path, _ in found}
+    bases = {path: Path(args.output) / result_name(place, args) for path, place in found}
+    files = {}
+    for path in sorted(bases, key=lambda p: bases[p].suffix != p.suffix.lower()):  # first those that keep their ending
+        base = bases[path]
+        more = [path.suffix[1:].lower()] * (base.suffix != path.suffix.lower()) + [path.absolute().parent.name]
+        for word in itertools.chain([""], filter(None, more), map(str, itertools.count(2))):
+            files[path] = names(base.with_name(f"{base.stem}_{word}{base.suffix}") if word else base, ts, args.strip)
+            meets = [taken[_key(out)] for out in files[path] if _key(out) in taken]
+            if not meets or meets[0] is path:  # to_write refuses the latter
+                break
+            met = meets[0]
+        if word:
+            told.append(f"{path} becomes {files[path][0].name}, as {base.name} is taken by {met}")
+        taken.update({_key(out): path for out in files[path]})
+    return files
 
 
 def to_write(path, outs, size, args):

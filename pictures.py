@@ -231,13 +231,13 @@ def _decode(im):
             raise InputError("its pixels are 32-bit numbers of an unknown range: save it with 8 or 16 bits")
         return pixels.astype(np.uint16)[..., None], "gray"
     if im.mode == "CMYK":
-        return np.asarray(im), "cmyk"
+        return np.array(im), "cmyk"
     if im.mode == "LAB":
         from PIL import ImageCms
         im = ImageCms.profileToProfile(im, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
     gray = im.mode in ("1", "L", "LA", "La")
     mode = ("LA" if gray else "RGBA") if im.has_transparency_data or im.mode == "La" else "L" if gray else "RGB"
-    pixels = np.asarray(im if im.mode == mode else im.convert(mode))
+    pixels = np.array(im if im.mode == mode else im.convert(mode))
     return pixels.reshape(*pixels.shape[:2], -1), "gray" if gray else "rgb"
 
 

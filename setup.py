@@ -42,7 +42,7 @@ setup(
     py_modules=["console", "model", "pictures", "degradations", "data", "flow", "tiles", "batch", "sample", "metrics", "evaluate", "training", "perceptual", "train_flow", "distill"],
     packages=["kernels"],
     package_data={"kernels": ["csrc/*"]},
-    install_requires=["torch>=2.10", "numpy", "pillow>=10.1", "safetensors", "tqdm", "ninja", "lpips", "scipy"],
-    extras_require={"test": ["pytest", "matplotlib"], "plot": ["matplotlib"]},
+    install_requires=["torch>=2.10", "numpy", "pillow>=10.1", "tifffile", "imagecodecs", "safetensors", "tqdm", "ninja", "lpips", "scipy"],
+    extras_require={"test": ["pytest", "matplotlib"], "heif": ["pillow-heif"], "jxl": ["pillow-jxl-plugin"], "plot": ["matplotlib"]},
     **kernels(),
 )
