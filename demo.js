@@ -6,7 +6,7 @@
 const find = (name) => element.querySelector(`.${name}`);
 const canvas = find("canvas"), context = canvas.getContext("2d", { willReadFrequently: true }), dial = find("dial");
 const layer = (width, height) => Object.assign(document.createElement("canvas"), { width, height });
-const AHEAD = [0.5, 0, 1, 0.25, 0.75];
+const AHEAD = [0, 1, 0.5, 0.25, 0.75];
 
 let session = null;  // what the server said of the picture: id, width, height, scale (of the network), shown (pixels of the result for one of the screen's)
 let results = new Map();  // t -> ImageBitmap
@@ -114,7 +114,7 @@ async function ask(t, ahead) {  // the picture at t; false where it was put off,
   if (results.has(t)) return true;
   const start = performance.now();
   if (!ahead) watchProgress(mine, ++busy);
-  const answer = await server.picture(mine.id, t, ahead);
+  const answer = await server.show({ id: mine.id, t, ahead });
   if (!ahead) busy--;
   if (session !== mine) return false;
   if (!answer.url) {
@@ -131,20 +131,18 @@ async function ask(t, ahead) {  // the picture at t; false where it was put off,
 
 async function computeAhead() {  // the t on which the others are mixed, one after the other, whenever nobody waits for another
   const mine = session;
+  await ask(+dial.value, false);
   for (const t of AHEAD) {
-    while (session === mine && !(await ask(t, t !== dialStart))) {
-      if (message) return;
-      await new Promise((r) => setTimeout(r, 200));
-    }
-    if (session !== mine || seconds > 30 || (seconds > 4 && t === 1)) return;
+    if (seconds > 30 || (seconds > 4 && t > 0 && t < 1)) continue;
+    while (session === mine && !message && !(await ask(t, true))) await new Promise((r) => setTimeout(r, 200));
+    if (session !== mine) return;
   }
 }
-const dialStart = AHEAD[0];
 
 async function watchProgress(mine, number) {
   await new Promise((r) => setTimeout(r, 700));
   while (session === mine && busy >= number) {
-    const { share, waiting } = await server.progress(mine.id);
+    const { share, waiting } = await server.progress({ id: mine.id });
     find("progress").hidden = find("cancel").hidden = false;
     find("progress").value = share;
     message = waiting ? "waiting for another picture" : `${Math.round(100 * share)} %`;
@@ -159,7 +157,7 @@ async function save() {
   if (!mine) return;
   button.disabled = true;
   watchProgress(mine, ++busy);
-  const answer = await server.save(mine.id, +dial.value, painted ? regions() : null);
+  const answer = await server.download({ id: mine.id, t: +dial.value, regions: painted ? regions() : null });
   busy--;
   button.disabled = false;
   message = answer.message ?? "";
@@ -242,6 +240,21 @@ canvas.addEventListener("wheel", (event) => {
 }, { passive: false });
 canvas.addEventListener("dblclick", (event) => { if (session) zoomTo(1, ...at(event)); });
 
+element.addEventListener("dragover", (event) => event.preventDefault());
+element.addEventListener("drop", async (event) => {
+  event.preventDefault();
+  const file = event.dataTransfer.files[0];
+  if (!file) return;
+  message = `reading ${file.name}`;
+  say();
+  try {
+    trigger("dropped", { path: (await upload(file)).path });
+  } catch (error) {
+    message = `${file.name} was not taken: ${error.message ?? error}`;
+    say();
+  }
+});
+
 let rest = null;
 dial.addEventListener("input", () => {
   refresh();
@@ -264,7 +277,7 @@ find("clear").addEventListener("click", () => {
   refresh();
   ask(+dial.value, false);
 });
-find("cancel").addEventListener("click", () => server.cancel(session.id));
+find("cancel").addEventListener("click", () => server.cancel({ id: session.id }));
 find("save").addEventListener("click", save);
 new ResizeObserver(resize).observe(canvas);
 watch("value", open);

@@ -6,19 +6,22 @@
 Nobody but this machine sees the page. Pictures are kept in memory, and what has to be a file (an upload, a download) in a
 folder of its own that is gone when the program ends. demo.js is the part of it that runs in the browser.
 """
-import argparse
+import atexit
 import base64
+import functools
 import io
+import math
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import threading
-import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in sample.py
 
@@ -27,7 +30,7 @@ from PIL import Image
 
 import sample
 from console import InputError, Parser, in_range
-from pictures import open_writer, read_picture, rgb8
+from pictures import EXTENSIONS, open_writer, read_picture, rgb8
 
 ROOT = Path(__file__).parent
 FLOW = ROOT / "weights" / "photos_x4_flow.safetensors"
@@ -38,6 +41,9 @@ MOST_BYTES = 100_000_000
 SHOWN = 16_000_000  # pixels of a result that a browser is given; a larger one is shown reduced
 
 
+PAGES = {}  # id: Opened
+
+
 class Stopped(Exception):
     """A computation was cancelled, or makes way for one that somebody waits for."""
 
@@ -45,16 +51,20 @@ class Stopped(Exception):
 @dataclass
 class Opened:
     """One picture in one tab, with one network and one seed."""
-    path: Path
+    name: str
     picture: object  # pictures.Picture
     network: str
     seed: int
+    folder: Path  # for what becomes a file
+    tab: str  # gradio's name of the browser's tab
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     seen: dict = field(default_factory=dict)  # t: what the browser was given
     files: dict = field(default_factory=dict)  # t: the whole result, where the browser was given a smaller one
     share: float = 0.0  # of the computation that runs
     waiting: bool = False
+    asked: int = 0  # how many t were asked for
     cancelled: bool = False
+    closed: bool = False
 
 
 class Turns:
@@ -68,18 +78,19 @@ class Turns:
             self.urgent += by
 
     @contextmanager
-    def turn(self, opened, ahead=False):
-        """Inside, `check` raises Stopped when this computation should not go on. Raises Stopped if, ahead, it is not its turn."""
+    def turn(self, opened, stop=lambda: False, ahead=False):
+        """Raises Stopped, here or from `check` inside, if it is cancelled, if `stop()`, or if it is ahead and somebody waits."""
         if ahead:
             if self.urgent or not self.lock.acquire(blocking=False):
                 raise Stopped
         else:
-            opened.share, opened.waiting, opened.cancelled = 0.0, True, False
+            opened.waiting, opened.cancelled = True, False
             self.wait(1)
             self.lock.acquire()
             self.wait(-1)
             opened.waiting = False
-        self.here.stop = lambda: self.urgent > 0 if ahead else opened.cancelled
+        opened.share = 0.0
+        self.here.stop = lambda: opened.closed or stop() or (self.urgent > 0 if ahead else opened.cancelled)
         try:
             self.check()
             yield
@@ -107,13 +118,13 @@ def load(network):
     return net, task, dict(how, dtype=pick_dtype("auto", pick_device("auto")))
 
 
-def restored(opened, t):
-    """The picture at t, a number or a map, from the top down: yields rows (n, width, C)."""
+def restored(opened, t, t_map=None):
+    """The picture at t, or at each pixel's own, from the top down: yields rows (n, width, C)."""
     net, task, how = load(opened.network)
 
     def progress(share):
         opened.share += share
-    for rows, _ in sample.enlarge(net, task, opened.picture, t, opened.seed, progress=progress, **how):
+    for rows, _ in sample.enlarge(net, task, opened.picture, t, opened.seed, progress=progress, t_map=t_map, **how):
         yield rows
 
 
@@ -127,7 +138,7 @@ def note(opened, **more):
     """The settings, as sample.py writes them into a PNG."""
     path, how = NETWORKS[opened.network]
     dtype = str(load(opened.network)[2]["dtype"]).removeprefix("torch.")
-    return dict(seed=opened.seed, weights=path.name, dtype=dtype, tile="auto", **how, input=opened.path.name, **more)
+    return dict(seed=opened.seed, weights=path.name, dtype=dtype, tile="auto", **how, input=opened.name, **more)
 
 
 def data_url(pixels):
@@ -148,23 +159,34 @@ def reduced(rows, factor):
 
 
 def picture(opened, t, ahead=False):
-    """The whole picture at t for the browser, computed once. Raises Stopped."""
-    if t not in opened.seen:
-        with TURNS.turn(opened, ahead):
-            height, width, factor = size_of(opened)
-            shown, kept, file = [], None, opened.folder / f"{t}.png" if factor > 1 else None
-            with writer(opened, file, note(opened, t=t)) if file else nullcontext() as out:
-                for rows in restored(opened, t):
-                    if file:
-                        out.write(rows)
-                        kept = rows if kept is None else np.concatenate([kept, rows])
-                        whole = len(kept) // factor * factor
-                        rows, kept = reduced(kept[:whole], factor), kept[whole:]
-                    shown.append(rgb8(rows))
-            if file:
-                opened.files[t] = file
-            opened.seen[t] = data_url(np.concatenate(shown))
+    """The whole picture at t for the browser, computed once. Raises Stopped, also when another t is asked for meanwhile."""
+    opened.asked += not ahead
+    mine = opened.asked
+    if t in opened.seen:
+        return opened.seen[t]
+    with TURNS.turn(opened, lambda: not ahead and opened.asked != mine, ahead):
+        if t not in opened.seen:
+            opened.seen[t] = data_url(small(opened, t) if size_of(opened)[2] > 1 else np.concatenate([rgb8(rows) for rows in restored(opened, t)]))
     return opened.seen[t]
+
+
+def small(opened, t):
+    """A picture too large for a browser, reduced: uint8 (h, w, 3). The whole goes into a file, for the download."""
+    factor, path, shown, kept = size_of(opened)[2], file_for(opened, t), [], None
+    with writer(opened, path, note(opened, t=t)) as out:
+        for rows in restored(opened, t):
+            out.write(rows)
+            kept = rows if kept is None else np.concatenate([kept, rows])
+            whole = len(kept) // factor * factor
+            shown.append(rgb8(reduced(kept[:whole], factor)))
+            kept = kept[whole:]
+    opened.files[t] = path
+    return np.concatenate(shown)
+
+
+def file_for(opened, what):
+    """Where a result becomes a file, under the name that the browser saves it by."""
+    return opened.folder / str(what) / f"{Path(opened.name).stem}_x{load(opened.network)[1].scale}.png"
 
 
 def writer(opened, path, settings):
@@ -174,12 +196,168 @@ def writer(opened, path, settings):
 
 
 def save(opened, t, regions=None):
-    """The path of the result as a PNG with its settings inside. regions: the map of t as a PNG's data URL. Raises Stopped."""
+    """The path of the result as a PNG with its settings inside. regions: the map of t, a PNG as a data URL. Raises Stopped."""
     if regions is None and t in opened.files:
         return opened.files[t]
-    path = opened.folder / "regions.png" if regions else opened.folder / f"{t}.png"
-    t_map = read_map(io.BytesIO(base64.b64decode(regions.partition(",")[2]))) if regions else None
-    with TURNS.turn(opened), writer(opened, path, note(opened, t=t, **(dict(t_map=regions) if regions else {}))) as out:
-        for rows in restored(opened, t if t_map is None else t_map):
+    t_map, more = None, {}
+    if regions:
+        from dial import read_map
+        with Image.open(io.BytesIO(base64.b64decode(regions.partition(",")[2]))) as im:
+            t_map, more = read_map(im), dict(t_map=regions)
+    path = file_for(opened, "regions" if regions else t)
+    with TURNS.turn(opened), writer(opened, path, note(opened, t=t, **more)) as out:
+        for rows in restored(opened, t, t_map):
             out.write(rows)
     return path
+
+
+# --- what the browser calls: each takes and returns what JSON can say ---
+
+
+def answering(call):
+    """A call of the browser's about an opened picture; what goes wrong becomes a message."""
+    def answer(asked):
+        opened = PAGES.get(asked["id"])
+        if opened is None:
+            return dict(message="this picture is closed: open it again")
+        try:
+            return call(opened, asked)
+        except Stopped:
+            return dict(message="cancelled" if opened.cancelled else "", later=not opened.cancelled)
+        except (InputError, MemoryError, OSError, RuntimeError) as e:
+            from tiles import out_of_memory
+            if isinstance(e, RuntimeError) and not out_of_memory(e):
+                raise
+            return dict(message="not enough memory for this picture" if out_of_memory(e) else str(e))
+    answer.__name__ = call.__name__  # no functools.wraps: gradio would count the arguments of what is wrapped
+    return answer
+
+
+@answering
+def show(opened, asked):
+    return dict(url=picture(opened, checked(asked["t"]), bool(asked["ahead"])))
+
+
+@answering
+def download(opened, asked):
+    path = save(opened, checked(asked["t"]), asked["regions"])
+    return dict(url=f"/gradio_api/file={quote(str(path))}", name=path.name)
+
+
+@answering
+def progress(opened, asked):
+    return dict(share=min(1.0, opened.share), waiting=opened.waiting)
+
+
+@answering
+def cancel(opened, asked):
+    opened.cancelled = True
+    return {}
+
+
+def checked(t):
+    if not 0 <= t <= 1:
+        raise InputError(f"t goes from 0 to 1, not {t}")
+    return float(t)
+
+
+def open_picture(path, network, seed, tab, folder):
+    """What the page's picture is told of a file: its id, sizes and the picture itself. Raises InputError."""
+    close(tab)
+    if path is None:
+        return None
+    name = Path(path).name
+    if network not in NETWORKS or seed is None or seed != int(seed) or not 0 <= seed < 2**53:
+        raise InputError("the seed is a whole number from 0 on")
+    try:
+        picture = read_picture(path, MOST_PIXELS)
+    except InputError as e:
+        raise InputError(str(e).replace(str(path), name).replace("if you trust it, raise --max_pixels (max_pixels in Python)", "sample.py takes larger ones")) from None
+    opened = Opened(name, picture, network, int(seed), folder / "results" / secrets.token_urlsafe(16), tab)
+    PAGES[opened.id] = opened
+    height, width, factor = size_of(opened)
+    return dict(id=opened.id, name=name, width=width, height=height, shown=factor, before=data_url(rgb8(picture.pixels)))
+
+
+def close(tab):
+    """Forget what a tab had opened, and remove its files."""
+    for opened in [o for o in PAGES.values() if o.tab == tab]:
+        opened.closed = True
+        del PAGES[opened.id]
+        shutil.rmtree(opened.folder, ignore_errors=True)
+
+
+# --- the page ---
+
+
+def build(folder):
+    """The page (gradio.Blocks). folder: what it may write into."""
+    import gradio as gr
+
+    def chosen_example(event: gr.SelectData):
+        return str(EXAMPLES[event.index])
+
+    def dropped(event: gr.EventData):
+        path = Path(event.path).resolve()
+        return str(path) if path.is_relative_to(folder.resolve()) else None  # the browser names it: only what it has sent
+
+    def opening(path, network, seed, request: gr.Request):
+        try:
+            return open_picture(path, network, seed, request.session_hash, folder)
+        except InputError as e:
+            raise gr.Error(str(e), title="This picture is not opened", duration=20, print_exception=False) from None
+
+    def closing(request: gr.Request):
+        close(request.session_hash)
+
+    with gr.Blocks(title="OFTSR", analytics_enabled=False, fill_width=True) as page:
+        path = gr.State()
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                gr.Markdown("## OFTSR\nA picture 4 times larger, and a dial: **faithful** invents nothing, **realistic** draws what may have been there.")
+                upload = gr.UploadButton("Choose a picture", variant="primary", file_types=sorted(EXTENSIONS), elem_id="upload")
+                examples = gr.Gallery([str(p) for p in EXAMPLES], show_label=False, columns=3, height="auto", object_fit="cover", allow_preview=False,
+                                      interactive=False, elem_id="examples", buttons=[])
+                network = gr.Radio(list(NETWORKS), value=next(iter(NETWORKS)), label="Network", elem_id="network")
+                seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, elem_id="seed")
+            with gr.Column(scale=4, min_width=500):
+                viewer = gr.HTML(html_template=(ROOT / "demo.html").read_text(), js_on_load=(ROOT / "demo.js").read_text(), elem_id="viewer",
+                                 server_functions=[show, download, progress, cancel])
+        upload.upload(lambda file: file, upload, path)
+        examples.select(chosen_example, None, path)
+        viewer.dropped(dropped, None, path)
+        gr.on([path.change, network.change, seed.submit, seed.blur], opening, [path, network, seed], viewer, show_progress="hidden")
+        page.load(lambda: str(EXAMPLES[0]), None, path)
+        page.unload(closing)
+    return page
+
+
+def main(argv=None):
+    p = Parser(description=__doc__, usage="%(prog)s [flags]")
+    p.add_argument("--port", type=in_range(int, 0, 65535), help="of the page (default: the first free one from 7860 on)")
+    p.add_argument("--no_browser", action="store_true", help="open no browser: the page's address is printed")
+    args = p.parse_args(argv)
+    folder = Path(tempfile.mkdtemp(prefix="oftsr-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then, too
+    os.environ.update(GRADIO_TEMP_DIR=str(folder / "gradio"), GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
+    (folder / "results").mkdir()
+    try:
+        import gradio as gr
+    except ImportError:
+        raise InputError("the page needs gradio: pip install -e '.[demo]'") from None
+    for name in NETWORKS:
+        load(name)
+    page = build(folder)
+    page.launch(server_name="127.0.0.1", server_port=args.port, inbrowser=not args.no_browser, share=False, quiet=True, max_file_size=MOST_BYTES,
+                allowed_paths=[str(folder / "results")], footer_links=[], ssr_mode=False, prevent_thread_lock=True,
+                theme=gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
+    print(f"{page.local_url} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as e:
+        sys.exit(f"demo.py: {e}")
