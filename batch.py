@@ -11,6 +11,7 @@ import glob
 import hashlib
 import itertools
 import os
+import re
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -83,16 +84,23 @@ def _digest(data):
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def own_results(found):
-    """Those of the pictures that this program made from others of them: {path: the picture it was made from}."""
-    by_name = {}
+def own_results(found, bases):
+    """Those of the pictures that were made from others of them: {path: the picture it was made from}.
+
+    Their notes say so, or, where there is none (some formats, --no_metadata), their names: those of what is to be made.
+    bases: {picture: its result, before t is in the name}.
+    """
+    by_name, by_result = {}, {_key(base.with_suffix("")): path for path, base in bases.items()}
     for path, _ in found:
         by_name.setdefault(path.name, []).append(path)
     own = {}
     for path, _ in found:
         note = read_note(path)
-        sources = by_name.get(note.get("input"), []) if note else []
-        if source := next((p for p in sources if p != path and made_from(note, p)), None):
+        if note and "input" in note:
+            source = next((p for p in by_name.get(note["input"], []) if p != path and made_from(note, p)), None)
+        else:
+            source = by_result.get(_key(path.with_name(re.sub(r"_(t[\d.]+|strip)$", "", path.stem))))
+        if source not in (None, path):
             own[path] = source
     return own
 
@@ -114,17 +122,18 @@ def plan(found, ts, scale, args):
     args: output, suffix, ext, strip, skip_existing, overwrite, outscale, width, height, max_pixels. Raises InputError for what concerns all pictures.
     """
     skipped, told, jobs = [], [], []
-    own = own_results(found)
+    to_file = is_file_name(args.output)
+    bases = {path: Path(args.output) if to_file else Path(args.output) / result_name(place, args) for path, place in found}
+    own = own_results(found, bases)
     if own:
         a, b = next(iter(own.items()))
         told.append(f"left out: {len(own)} of the pictures are results of others, as {a} of {b}")
-    found = [(path, place) for path, place in found if path not in own]
-    to_file = is_file_name(args.output)
-    if to_file and len(found) > 1:
-        raise InputError(f"{len(found)} pictures do not fit in one file: -o {args.output} should name a folder")
+    bases = {path: base for path, base in bases.items() if path not in own}
+    if to_file and len(bases) > 1:
+        raise InputError(f"{len(bases)} pictures do not fit in one file: -o {args.output} should name a folder")
     check_folder(Path(args.output).parent if to_file else Path(args.output))
-    files = {found[0][0]: names(Path(args.output), ts, args.strip)} if to_file and found else name_results(found, ts, args, told)
-    for path, _ in found:
+    files = {path: names(base, ts, args.strip) for path, base in bases.items()} if to_file else name_results(bases, ts, args.strip, told)
+    for path in bases:
         try:
             head = probe(path, args.max_pixels)
             size = result_size(head.height, head.width, scale, args)
@@ -155,16 +164,14 @@ def names(base, ts, strip):
     return outs + [base.with_name(f"{base.stem}_strip.png")] * strip
 
 
-def name_results(found, ts, args, told):
+def name_results(bases, ts, strip, told):
     """{picture: its files}, no two of them the same and none an input: a picture whose result would meet another gets more of its own name into it."""
-    taken = {_key(path): path for path, _ in found}
-    bases = {path: Path(args.output) / result_name(place, args) for path, place in found}
-    files = {}
+    taken, files = {_key(path): path for path in bases}, {}
     for path in sorted(bases, key=lambda p: bases[p].suffix != p.suffix.lower()):  # first those that keep their ending
         base = bases[path]
         more = [path.suffix[1:].lower()] * (base.suffix != path.suffix.lower()) + [path.absolute().parent.name]
         for word in itertools.chain([""], filter(None, more), map(str, itertools.count(2))):
-            files[path] = names(base.with_name(f"{base.stem}_{word}{base.suffix}") if word else base, ts, args.strip)
+            files[path] = names(base.with_name(f"{base.stem}_{word}{base.suffix}") if word else base, ts, strip)
             meets = [taken[_key(out)] for out in files[path] if _key(out) in taken]
             if not meets or meets[0] is path:  # to_write refuses the latter
                 break

@@ -245,12 +245,17 @@ def device_name(text):
     return text
 
 
+def stand(args, t):
+    """Where the dial stands, for a note."""
+    return {**({"t_map": Path(args.t_map).name} if args.t_map else {"t": t}), **({"consistent": True} if args.consistent else {})}
+
+
 def restore_file(net, task, picture, job, t, tile, args, dtype, note, progress, **how):
     """Restore one picture at one t and write it, if it is to be written: (its pixels, if they are to go into a strip, else None; evaluations)."""
     out, strip = job.outs.get(t), STRIP in job.outs
     megapixels = job.size[0] * job.size[1] / 1e6
     rows = enlarge(net, task, picture, t, args.seed, job.size, tile, dtype, lambda share: progress.add(share * megapixels), **how)
-    note = {**note, **({"t_map": Path(args.t_map).name} if args.t_map else {"t": t}), **({"consistent": True} if args.consistent else {}), "tile": tile}
+    note = {**note, **stand(args, t), "tile": tile}
     if how["solver"]:  # how many evaluations a solver made is known, and goes into the file, when it has made them
         rows = list(rows)
         note.update(solver=how["solver"], nfe=rows[-1][1])
@@ -293,7 +298,7 @@ def restore_job(net, task, job, ts, args, dtype, note, progress, **how):
             progress.say(f"{job.path} {job.width}x{job.height} -> {job.outs[t]} {job.size[1]}x{job.size[0]}, t {args.t_map or f'{t:g}'}, {what}{time.perf_counter() - start:.1f} s")
     if STRIP in job.outs:
         small = resized_repeating(picture.pixels, *job.size)
-        write_picture(job.outs[STRIP], np.hstack([small, *bigs]), note=None if args.no_metadata else {**note, "t": ts})
+        write_picture(job.outs[STRIP], np.hstack([small, *bigs]), note=None if args.no_metadata else {**note, **stand(args, ts)})
 
 
 def resized_repeating(pixels, height, width):
@@ -326,14 +331,37 @@ def work(job, ts):
     return job.size[0] * job.size[1] / 1e6 * sum(t in job.outs or STRIP in job.outs for t in ts)
 
 
+def prepare(args):
+    """What is asked of which network: (UNet, Task, [t], what every restoring is given, what every note says). Raises InputError."""
+    from data import TASKS
+    from dial import read_map
+    from kernels import extension_devices
+    from model import PRESETS, keep_freed_memory, pick_device, pick_dtype
+    for flag, names in (("preset", PRESETS), ("dataset", TASKS)):
+        if (name := getattr(args, flag)) and name not in names:
+            raise InputError(f"no --{flag} {name}: there are {', '.join(names)}")
+    keep_freed_memory()
+    dtype = pick_dtype(args.dtype, pick_device(args.device))
+    net, stage, task = load(args.ckpt, args.device, args.preset)
+    if task and args.dataset:
+        raise InputError(f"this checkpoint says its task ({task.name}): --dataset is for files that do not")
+    task = task or TASKS[args.dataset or "photos"]
+    ts, solver = choose(stage, task, [1.0] if args.t_map else args.t, args.solver, args.steps)
+    if args.consistent and task.sigma_n:
+        raise InputError("--consistent would bring the noise back, which this checkpoint takes away")
+    extension_devices()  # chosen here: what is wrong with the kernels is not a picture's fault
+    how = dict(dtype=dtype, solver=solver, steps=args.steps or STEPS, rtol=args.rtol or 1e-3, atol=args.atol or 1e-3, tile_pad=args.tile_pad,
+               t_map=read_map(args.t_map) if args.t_map else None, consistent=args.consistent)
+    note = dict(seed=args.seed, weights=Path(args.ckpt or WEIGHTS).name, dtype=str(dtype).removeprefix("torch."))
+    return net, task, ts, how, note
+
+
 def export_model(args):
     """Write the student as a file for other programs."""
-    from data import TASKS
     from export import export_onnx
-    net, stage, task = load(args.ckpt, "cpu", args.preset)
-    task = task or TASKS[args.dataset or "photos"]
-    (t,), solver = choose(stage, task, args.t, args.solver, args.steps)
-    if solver:
+    args.device = "cpu"
+    net, task, (t,), how, _ = prepare(args)
+    if how["solver"]:
         raise InputError("--export is for a one-step student, and this is a flow: distill.py makes one of it")
     print(export_onnx(args.export, net, task, t, args.seed))
 
@@ -344,33 +372,14 @@ def main(argv=None):
         return export_model(args)
     found, skipped = find_inputs(args.inputs, args.recursive)
 
+    # --- what to do; under torchrun the processes share one list, and leave together ---
     import torch
     import torch.distributed as dist
-
-    from data import TASKS
-    from dial import read_map
-    from kernels import extension_devices
-    from model import keep_freed_memory, pick_device, pick_dtype
-    keep_freed_memory()
-    device = pick_device(args.device)
-    net, stage, task = load(args.ckpt, args.device, args.preset)
-    if task and args.dataset:
-        raise InputError(f"this checkpoint says its task ({task.name}): --dataset is for files that do not")
-    task = task or TASKS[args.dataset or "photos"]
-    ts, solver = choose(stage, task, [1.0] if args.t_map else args.t, args.solver, args.steps)
-    if args.consistent and task.sigma_n:
-        raise InputError("--consistent would bring the noise back, which this checkpoint takes away")
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    net, task, ts, how, note = prepare(args)
     if args.suffix is None:
         sides = "".join(f"_{letter}{side}" for letter, side in (("w", args.width), ("h", args.height)) if side)
         args.suffix = sides or f"_x{args.outscale or task.scale:g}"
-    dtype = pick_dtype(args.dtype, device)
-    how = dict(solver=solver, steps=args.steps or STEPS, rtol=args.rtol or 1e-3, atol=args.atol or 1e-3, tile_pad=args.tile_pad,
-               t_map=read_map(args.t_map) if args.t_map else None, consistent=args.consistent)
-    note = dict(seed=args.seed, weights=Path(args.ckpt or WEIGHTS).name, dtype=str(dtype).removeprefix("torch."))
-    extension_devices()  # chosen here: what is wrong with the kernels is not a picture's fault
-
-    # --- what to do; under torchrun the processes share one list, and leave together ---
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     jobs, more, told = plan(found, ts, task.scale, args)
     skipped += more
     if world > 1:
@@ -379,8 +388,9 @@ def main(argv=None):
         dist.broadcast_object_list(shared)
         jobs = shared[0]
     todo = [job for job in jobs if job.outs]
-    for line in [*told, *(f"skipped: {why}" for why in skipped)] if rank == 0 else ():
-        print(line, file=sys.stderr)
+    if rank == 0:
+        for line in [*told, *(f"skipped: {why}" for why in skipped)]:
+            print(line, file=sys.stderr)
 
     # --- do it ---
     mine = [(number, len(todo), job) for number, job in enumerate(todo, 1)][rank::world]
@@ -388,13 +398,15 @@ def main(argv=None):
     progress = Progress(total, "megapixels", rank if world > 1 else None)
     begin = time.perf_counter()
     try:
-        run(mine, net, task, ts, args, tally, progress, dtype=dtype, note=note, **how)
+        run(mine, net, task, ts, args, tally, note=note, progress=progress, **how)
     except KeyboardInterrupt:
         progress.close()
         print(f"stopped: {tally['done']} of {len(mine)} done, what is written is whole; the same command with --skip_existing goes on", file=sys.stderr)
         return 130
     progress.close()
     seconds = time.perf_counter() - begin
+
+    # --- say what was done ---
     counts = torch.tensor([tally["done"], tally["skipped"], total], dtype=torch.float64)
     if world > 1:
         dist.all_reduce(counts)

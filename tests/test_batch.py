@@ -14,7 +14,8 @@ import batch
 import console
 import sample
 from pictures import read_note
-from test_sample import ROOT, cli, folder, weights, written  # noqa: F401  fixtures
+
+ROOT = Path(__file__).parent.parent
 
 
 def save(path, seed=0, size=(9, 11)):
@@ -64,6 +65,17 @@ def test_a_second_run_does_not_enlarge_its_own_results(ext, folder, cli, capsys)
     assert capsys.readouterr().out.splitlines()[-1].endswith("0 done, 0 skipped, 3 there already")
     assert cli("restored", "-o", "again") == 0  # a folder of results alone may be enlarged again
     assert len(tree("again")) == 1
+
+
+@pytest.mark.parametrize("flags", [["--no_metadata"], ["--no_metadata", "--t", "0,1", "--strip"]])
+def test_results_without_a_note_are_known_by_their_names(flags, folder, cli, capsys):
+    """They are not enlarged again, and as nothing says what they were made from, not overwritten unasked."""
+    assert cli("in", "-o", "in", *flags) == 0
+    first = {p: p.read_bytes() for p in Path("in").glob("*.*")}
+    assert cli("in", "-o", "in", *flags) == 1 and "does not say that it was made from a.png" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in Path("in").glob("*.*")} == first
+    assert cli("in", "-o", "in", *flags, "--skip_existing") == 0 and cli("in", "-o", "in", *flags, "--overwrite") == 0
+    assert {p: p.read_bytes() for p in Path("in").glob("*.*")} == first
 
 
 def test_results_beside_their_pictures(folder, cli):

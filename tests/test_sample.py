@@ -25,31 +25,6 @@ from test_model import tiny
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Releases of a tiny student and a tiny flow."""
-    folder, task = tmp_path_factory.mktemp("weights"), asdict(TASKS["photos"])
-    for stage in ("distill", "flow"):
-        save_release(folder / f"{stage}.safetensors", tiny(one_step=stage == "distill"), dict(stage=stage, step=1, task=task))
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Pictures a.png, b.jpg and below/c.png, in a folder that is also the working directory."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    (tmp_path / "in" / "below").mkdir(parents=True)
-    for name, (h, w) in (("a.png", (12, 17)), ("b.jpg", (9, 9)), ("below/c.png", (20, 8))):
-        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(tmp_path / "in" / name)
-    return tmp_path
-
-
-@pytest.fixture
-def cli(weights):
-    return lambda *args, stage="distill": sample.main(["--ckpt", str(weights / f"{stage}.safetensors"), "--device", "cpu", *map(str, args)])
-
-
 def written(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "in/" not in str(p.relative_to(folder)))
 
