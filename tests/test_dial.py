@@ -11,7 +11,6 @@ import sample
 from console import InputError
 from degradations import H
 from pictures import read_image
-from test_sample import cli, folder, weights, written  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.usefixtures("folder")
 
