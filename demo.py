@@ -34,7 +34,7 @@ from pictures import EXTENSIONS, open_writer, read_picture, rgb8
 
 ROOT = Path(__file__).parent
 FLOW = ROOT / "weights" / "photos_x4_flow.safetensors"
-EXAMPLES = [ROOT / "assets" / name for name in ("figures/cat_small.png", "astronaut.png", "coffee.png")]
+EXAMPLES = [ROOT / "assets" / name for name in ("astronaut.png", "cat.png", "coffee.png")]
 NETWORKS = {"student: one step": (sample.WEIGHTS, {}), "flow: 8 steps of midpoint": (FLOW, dict(solver="midpoint", steps=8))}
 MOST_PIXELS = 13_000_000  # of an input: a camera's 4000 x 3000
 MOST_BYTES = 100_000_000

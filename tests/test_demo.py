@@ -170,7 +170,7 @@ def test_the_page(server, browser, tmp_path):
     page, asked = browser.new_page(), []
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
-    wait_for(page, "256 x 256 · t = 0.50")  # an example is open
+    wait_for(page, "1024 x 1024 · t = 0.50")  # an example is open
     page.set_input_files("input[type=file]", picture_file(tmp_path / "in.png"))
     wait_for(page, "96 x 80 · t = 0.50")
     middle = page.evaluate("document.querySelector('#viewer canvas').toDataURL()")
@@ -182,7 +182,7 @@ def test_the_page(server, browser, tmp_path):
     # A second tab has a picture of its own, and a broken one is a message there.
     other = browser.new_page()
     other.goto(address)
-    wait_for(other, "256 x 256")
+    wait_for(other, "1024 x 1024")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG but no more")
     other.set_input_files("input[type=file]", tmp_path / "broken.png")
     other.get_by_text("broken.png cannot be read as a picture").wait_for(timeout=60_000)
