@@ -86,7 +86,8 @@ def load_lpips(backbone=None, device="cpu"):
         cached = sorted(Path(torch.hub.get_dir(), "checkpoints").glob("alexnet-owt-*.pth"))
         if not cached:
             if os.environ.get("RANK", "0") == "0":
-                print("LPIPS is left out: no AlexNet in torchvision's cache (name a file with --lpips_backbone or OFTSR_LPIPS_ALEX)", file=sys.stderr)
+                print("LPIPS is left out, as it needs torchvision's AlexNet: python -c 'import torchvision; torchvision.models.alexnet(weights=\"DEFAULT\")' "
+                      "fetches it (233 MB), or name a file with --lpips_backbone or OFTSR_LPIPS_ALEX", file=sys.stderr)
             return None
         file = cached[0]
     if not Path(file).is_file():
