@@ -33,6 +33,7 @@ PAPER = {
     "ffhq_x8": ((0.1, 0, "bicubic", 8, 256, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
     "ffhq512_x4": ((0.1, 0, "bicubic", 4, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
     "ffhq512_x8": ((0.1, 0, "bicubic", 8, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
+    "realsr": ((0.2, 0, "real", 4, 256, "center", "l1", 0.5, 0.06), (32, 100_000, 1e-4), (32, 20_000, 1e-4)),  # ours: the paper's real flow has another network
     "ffhq_uncond": ((1.0, 0, "bicubic", 4, 256, "center", "l2", 0, 0), (32, 100_000, 1e-4), None),
 }
 DISTILLATION = {"solver": "midpoint", "dt": 0.05, "lambda_align": 0.01, "lambda_bc": 0.1, "t_min": 0.01, "t_max": 0.99}
