@@ -96,7 +96,7 @@ def load_network(path, device, args):
         if meta["task"] and args.sigma_p is None:
             task = replace(task, sigma_p=meta["task"]["sigma_p"])  # the network's own: the rest is the data's
     elif meta["task"]:
-        task = measured_task(args, data.Task(**meta["task"]))
+        task = measured_task(args, data.saved_task(meta["task"], path))
     else:
         raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
     if not task.condition and task.sigma_p == 1:

@@ -20,6 +20,7 @@ import sys
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_checkpoint, load_tensors, save_tensors
 from console import InputError
@@ -187,9 +188,18 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """One entry of input_blocks, middle_block or output_blocks: passes the time embedding to those who want it."""
+    """One entry of input_blocks, middle_block or output_blocks: passes the time embedding to those who want it.
+
+    recompute  what its layers make is not kept for the backward pass, which makes it again: less memory, a third more time.
+    """
+    recompute = False
 
     def forward(self, x, emb):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.through, x, emb, use_reentrant=False)
+        return self.through(x, emb)
+
+    def through(self, x, emb):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -473,11 +483,11 @@ def load_model(path, device="cpu", model=None):
     if str(path).endswith(".safetensors"):
         meta, state = load_tensors(path)
     else:
-        checkpoint = load_checkpoint(path)
-        ema = checkpoint.get("ema")
+        held = load_checkpoint(path)
+        ema = held.get("ema")
         if not isinstance(ema, dict) or not isinstance(ema.get("shadow_params"), list):
             raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
-        meta, state = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model", "data")}, ema["shadow_params"]
+        meta, state = {k: held.get(k) for k in ("stage", "task", "step", "model", "data")}, ema["shadow_params"]
     meta = {"stage": None, "task": None, "step": None, "model": None, **(meta or {})}
     if meta["stage"] not in ("flow", "distill", None) or not isinstance(meta["task"], (dict, type(None))) or not isinstance(meta["step"], (int, type(None))):
         raise InputError(f"{path} is not one of ours: its stage, task or step is none")
@@ -489,7 +499,7 @@ def load_model(path, device="cpu", model=None):
         meta["model"] = PRESETS[model]
     net = network_of(meta["model"], path)
     if isinstance(state, list):
-        state = named(net, state, checkpoint.get("params"))
+        state = named(net, state, held.get("params"))
     check_fits(net, state, path)
     net.load_state_dict({n: p.float() for n, p in state.items()}, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
