@@ -1,6 +1,6 @@
 """README.md's first picture: a photograph before and after, and a part of it, twice as large, along the dial.
 
-    python assets/figure.py        # assets/figures/dial.png, from assets/cat.png
+    python assets/before_after.py    # assets/figures/dial.png, from assets/cat.png
 """
 import sys
 from pathlib import Path
