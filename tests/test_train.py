@@ -357,6 +357,6 @@ def test_a_diverging_run_stops_and_names_the_cure(photos, tmp_path):
     with pytest.raises(InputError, match="lower --learning_rate"):
         run(train_flow, photos, tmp_path, "--max_iters", 40, "--learning_rate", "1e30", "--grad_clip", 0)
     assert not (tmp_path / "ckpt.pt").exists()
-    with pytest.raises(InputError, match="weights are not finite at step 3"):  # between two lines of the log
+    with pytest.raises(InputError, match="not finite at step [123], of the pictures .*nothing was saved yet"):  # between two lines of the log
         run(train_flow, photos, tmp_path, "--max_iters", 40, "--learning_rate", "1e30", "--grad_clip", 0, "--log_interval", 50, "--eval_interval", 3)
     assert not (tmp_path / "ckpt.pt").exists()
