@@ -121,6 +121,18 @@ def from_pil(im):
     return Picture(_upright(pixels, im.getexif().get(ORIENTATION, 1)), im.format or "", exif, _dpi(im), _xmp(im), notes=notes)
 
 
+def as_picture(image):
+    """A Picture of a path, a PIL picture, or an array (H, W) or (H, W, 1 to 4) of uint8 or uint16, which is taken as sRGB. Raises InputError."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_picture(image)
+    if isinstance(image, Image.Image):
+        return from_pil(image)
+    array = np.asarray(image)
+    if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or array.ndim == 3 and not 1 <= array.shape[2] <= 4 or not array.size:
+        raise InputError(f"an array should be uint8 or uint16, (H, W) or (H, W, 1 to 4), not {array.dtype} {array.shape}")
+    return Picture(array.reshape(*array.shape[:2], -1))
+
+
 def read_image(path):
     """A picture file as RGB, uint8 (H, W, 3), to learn from or to measure: 16 bits rounded, transparency laid on white. Raises InputError."""
     return rgb8(read_picture(path, metadata=False).pixels)
