@@ -5,6 +5,7 @@
     python sample.py -r photos/ -o larger/                      # a folder and those below it
     python sample.py --solver midpoint --steps 8 --ckpt out/photos_flow/ckpt.pt img.png
     python sample.py --solver rk45 --ckpt weights/photos_x4_flow.safetensors img.png
+    python sample.py --generate 16 --ckpt out/ffhq_uncond_flow/ckpt.pt -o drawn/    # pictures out of nothing
     python sample.py --t_map mask.png img.png                   # each pixel its own t: black 0, white 1
     python sample.py --export model.onnx                        # the student as a file for other programs (export.py)
     torchrun --nproc_per_node 2 -- sample.py -r photos/         # the processes share the pictures
@@ -14,6 +15,7 @@ From Python: `from sample import upscale; big = upscale(image, t=0.5)`.
 """
 import argparse
 import functools
+import math
 import os
 import re
 import sys
@@ -176,6 +178,7 @@ def parse_args(argv):
     g.add_argument("--ckpt", help="weights: a ckpt.pt, a .safetensors or a published file (default: the shipped student)")
     g.add_argument("--preset", "--model", help="network preset, for a published file, which does not say")
     g.add_argument("--dataset", help="task, for a file that does not say (default: photos)")
+    g.add_argument("--generate", type=in_range(int, 1), metavar="N", help="draw N pictures with an unconditional flow, restore none; and a grid of the first 64")
     g.add_argument("--export", metavar="FILE", help="write the student as one ONNX file, with --t and --seed as its defaults, and restore nothing")
     g.add_argument("--solver", choices=SOLVERS, help="integrate a stage-1 flow instead (default for a stage-1 checkpoint: midpoint)")
     g.add_argument("--steps", type=in_range(int, 1), help=f"steps of the solver (default: {STEPS})")
@@ -198,7 +201,7 @@ def parse_args(argv):
 
 def check_args(args):
     """Raises InputError where the arguments do not go together."""
-    if not args.inputs and not args.export:
+    if not (args.inputs or args.export or args.generate):
         raise InputError("name a picture, a folder or a pattern")
     if args.export and (args.inputs or args.t_map or args.consistent or args.t and len(args.t) > 1):
         raise InputError("--export writes a model: it takes no pictures, no --t_map, no --consistent and one --t")
@@ -206,6 +209,10 @@ def check_args(args):
         raise InputError("--t and --t_map both say where the dial stands: give one")
     if args.consistent and (args.outscale or args.width or args.height):
         raise InputError("--consistent is for the network's own enlargement: it goes without -s, --width and --height")
+    if args.generate and (idle := [f for f in ("inputs", "t", "t_map", "consistent", "export", "strip", "outscale", "width", "height") if getattr(args, f)]):
+        raise InputError(f"--generate draws pictures out of nothing: it goes without {'pictures' if idle[0] == 'inputs' else f'--{idle[0]}'}")
+    if args.generate and is_file_name(args.output):
+        raise InputError(f"--generate writes several files: -o names a folder, not {args.output}")
     if args.outscale and (args.width or args.height):
         raise InputError("-s and --width or --height both say how large: give one")
     if (args.rtol or args.atol) and args.solver != "rk45":
@@ -351,6 +358,38 @@ def prepare(args):
     return net, task, ts, how, note
 
 
+def generate(args):
+    """Draw args.generate pictures from noise alone with an unconditional flow (Appendix F): 0000.png ... and grid.png in args.output. Raises InputError."""
+    import torch
+    from data import TASKS, image_seeds
+    from flow import integrate
+    from kernels import noise_augment, to_uint8
+    from model import pick_device, pick_dtype
+    net, stage, task = load(args.ckpt, args.device, args.preset)
+    task, device, out = task or TASKS[args.dataset or "photos"], pick_device(args.device), Path(args.output)
+    if task.condition or task.sigma_p != 1 or stage == "distill":
+        raise InputError("--generate takes an unconditional stage-1 flow from pure noise (train_flow.py --dataset ffhq_uncond makes one): this checkpoint restores")
+    if not args.overwrite and any((out / f"{i:04d}.png").exists() for i in range(args.generate)):
+        raise InputError(f"{out} holds drawn pictures already: --overwrite replaces them")
+    dtype, drawn, total = pick_dtype(args.dtype, device), [], 0
+    for i in range(args.generate):
+        nothing = torch.zeros(1, 3, task.image_size, task.image_size, device=device)
+        x_in = noise_augment(nothing, 1.0, image_seeds(args.seed, torch.tensor([i])).to(device))
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            x, nfe = integrate(net, x_in, args.solver or "rk45", args.steps or STEPS, args.rtol or 1e-3, args.atol or 1e-3)
+        if not x.isfinite().all():
+            raise InputError(f"the network gave a value that is not finite in picture {i}")
+        pixels, total = to_uint8(x)[0].cpu().numpy(), total + nfe
+        write_picture(out / f"{i:04d}.png", pixels)
+        drawn += [pixels][: 64 - len(drawn)]
+    side = math.ceil(len(drawn) ** 0.5)
+    rows = [np.hstack(drawn[k : k + side]) for k in range(0, len(drawn), side)]
+    rows[-1] = np.pad(rows[-1], ((0, 0), (0, rows[0].shape[1] - rows[-1].shape[1]), (0, 0)))
+    write_picture(out / "grid.png", np.vstack(rows))
+    print(f"{args.generate} pictures drawn in {out}, {total / args.generate:.4g} evaluations each; grid.png shows {len(drawn)}")
+    return 0
+
+
 def export_model(args):
     """Write the student as a file for other programs."""
     from export import export_onnx
@@ -363,6 +402,8 @@ def export_model(args):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.generate:
+        return generate(args)
     if args.export:
         return export_model(args)
     found, skipped = find_inputs(args.inputs, args.recursive)
