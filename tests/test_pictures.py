@@ -370,6 +370,19 @@ def test_what_is_hidden_stays_hidden(soft):
     assert np.abs(np.diff(edge, n=2)).max() <= 2
 
 
+def test_stairs_become_the_line_they_stand_for():
+    hard, truth = disc(64)[..., 3:], disc(256)[..., 3:] > 127
+    wrong = [((resized(x, 256, 256) > 127) != truth).sum() for x in (hard, pictures.smooth_stairs(hard))]
+    assert wrong[1] < 0.7 * wrong[0], wrong
+    square, line = np.zeros((32, 32, 1), np.uint16), np.zeros((32, 32, 1), np.uint8)
+    square[8:24, 8:24] = 65535
+    line[range(32), range(32)] = 255
+    changed = pictures.smooth_stairs(square) != square
+    assert changed.sum() <= 12 and not changed[10:22].any()  # its corners alone
+    for same in (line, disc(64, 1.5)[..., 3:], photo(4)[..., 3:], np.full_like(line, 255)):
+        assert np.array_equal(pictures.smooth_stairs(same), same)
+
+
 def test_alpha_that_hides_nothing_and_alpha_that_hides_all():
     opaque = photo(4)
     opaque[..., 3] = 255
