@@ -178,7 +178,8 @@ def build(folder, path, cuda, again):
 def gist(words):
     """The line of a compiler's many that says what is wrong."""
     lines = [line.strip() for line in words.splitlines() if line.strip()] or ["no word of why"]
-    return next((line for line in lines[1:] if "error" in line.lower() and " -isystem " not in line), lines[-1])[:200]
+    told = [line for line in lines[1:] if " -isystem " not in line and not line.startswith(("FAILED", "ninja:"))] or lines[-1:]
+    return next((line for line in told if "error" in line.lower()), told[0])[:200]
 
 
 def compile_in(work, cxx, flags, cuda):
