@@ -1,6 +1,7 @@
 """REPRODUCE.md's commands: each is parsed, and what it resolves to is held against the paper's settings."""
 import re
 import shlex
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,3 +150,15 @@ def test_an_unconditional_flow_draws_pictures(tmp_path, capsys):
         sample.main(["--generate", "1", "-o", str(tmp_path / "c")])
     with pytest.raises(SystemExit):
         sample.main(["--generate", "1", "--t", "1"])
+
+
+def test_the_speedrun_is_a_script_whose_stages_parse():
+    text = (ROOT / "speedrun.sh").read_text()
+    assert subprocess.run(["sh", "-n", str(ROOT / "speedrun.sh")]).returncode == 0
+    stages = re.findall(r"^(?:stage|python) (\S+\.py) (.*)$", text.replace("\\\n", " "), re.M)
+    common = shlex.split(re.search(r'common="(.*)"', text)[1].replace("$data", "DIR"))
+    made = [SCRIPTS[script].parse_args([*(common if script != "evaluate.py" else []), *shlex.split(flags)[script != "evaluate.py":]]) for script, flags in stages]
+    assert [script for script, _ in stages] == ["train_flow.py", "distill.py", "distill.py", "evaluate.py"]
+    assert made[0].max_iters == 2600 and made[1].teacher == made[2].teacher == "$out/flow/weights.safetensors" and made[2].objective == "perceptual"
+    without = subprocess.run(["sh", str(ROOT / "speedrun.sh")], capture_output=True, text=True)
+    assert without.returncode != 0 and "name a folder of photographs" in without.stderr
