@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import ablate
+import curves
 import data
 import distill
 import evaluate
@@ -21,7 +22,7 @@ from model import PRESETS, UNet, network_config, save_release
 from pictures import read_image
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train_flow.py": train_flow, "distill.py": distill, "evaluate.py": evaluate, "sample.py": sample, "ablate.py": ablate}
+SCRIPTS = {"train_flow.py": train_flow, "distill.py": distill, "evaluate.py": evaluate, "sample.py": sample, "curves.py": curves, "ablate.py": ablate}
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", (ROOT / "REPRODUCE.md").read_text(), re.S) for line in block.replace("\\\n", " ").splitlines() if line]
 
 # From the paper: Sec. 4.1, Appendix E, Tables 7 to 9 and 13. div2k's rate is the published configuration's.
