@@ -77,7 +77,7 @@ def test_readmes_example(session, student, tmp_path, monkeypatch):
     Image.fromarray(small).save("assets/cat.png")
     shutil.copy(student.with_name("model.onnx"), "model.onnx")
     exec(code, {})
-    want = sample.upscale(small, t=0.3, ckpt=student, device="cpu", dtype="float32")
+    want = sample.upscale(small, t=0.3, seed=7, ckpt=student, device="cpu", dtype="float32")
     assert np.abs(np.asarray(Image.open("cat_x4.png")).astype(int) - want).max() <= 1 and want.std() > 20
 
 
