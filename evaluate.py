@@ -37,10 +37,10 @@ from PIL import Image
 import data
 import figures
 from console import InputError, Parser, Progress, atomic_write, in_range
-from degradations import H_T, H, degrade, observe, to_float
+from degradations import H_T, H, observe, to_float
 from folders import note, trained_on
 from kernels import to_uint8
-from metrics import BACKBONES, FEW, HIGHER, METRICS, USUAL, Metrics, check_size, measure, measure_sets, pick_metrics, psnr_rgb
+from metrics import BACKBONES, FEW, HIGHER, METRICS, USUAL, Metrics, check_size, measure, measure_sets, pick_metrics
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
 from pictures import list_images, read_image, write_picture
 from sample import SOLVERS, tile_size
@@ -419,28 +419,6 @@ def bicubic(x_lr, task):
 
 
 # --- a look during training ---
-
-
-@torch.no_grad()
-def validate(predict, x_1, task, lpips, device):
-    """A quick look during training: PSNR and LPIPS of what predict makes of x_1 (N, 3, S, S) uint8, and a picture of it.
-
-    predict: x_lr (1, 3, S, S) and seeds (1,) -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
-    "lpips_NAME"}, with x_lr's own under "lr", and x_lr, the results and x_1 of the first four side by side, uint8 (H, W, 3).
-    """
-    scores, rows = {}, []
-    for i, picture in enumerate(x_1):
-        truth, seeds = to_float(picture[None]).to(device), torch.full((1,), i, device=device)
-        x_lr = degrade(truth, task, seeds)
-        results = {"lr": x_lr, **predict(x_lr, seeds)}
-        shown = {name: to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
-        for name, x in shown.items():
-            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
-            if lpips and min(picture.shape[1:]) >= 32:  # AlexNet's pooling leaves nothing of less
-                scores.setdefault(f"lpips_{name}", []).append(lpips(to_float(x), truth).item())
-        if i < 4:
-            rows.append(torch.cat([x[0].cpu() for x in shown.values()] + [picture], dim=2))
-    return {k: statistics.fmean(v) for k, v in scores.items()}, torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
 
 
 # --- what to say ---

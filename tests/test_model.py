@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from console import InputError
-from model import PRESETS, UNet, UpConv, count_macs, load_checkpoint, load_model, network_config, save_release
-from training import EMA, Muon, make_optimizers, save_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint
+from model import PRESETS, UNet, UpConv, count_macs, load_model, network_config, save_release
+from training import EMA, Muon, make_optimizers
 
 GOLDEN = Path(os.environ.get("OFTSR_GOLDEN", "nowhere"))
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="OFTSR_GOLDEN does not name the folder of published reference outputs")
@@ -60,7 +61,7 @@ def test_published_checkpoint_loads(monkeypatch):
         assert torch.equal(p, torch.tensor(golden[f"param.{name}"])), name
     assert meta["stage"] is None and meta["task"] is None
     with pytest.raises(InputError, match="does not hold this network"):
-        load_model(GOLDEN / "official_ema_tiny.pth", model="tiny")
+        load_model(GOLDEN / "official_ema_tiny.pth", model="ffhq")
 
 
 def test_small_presets_sizes():
@@ -228,7 +229,7 @@ def test_bad_files_are_one_line(tmp_path):
 
 WRITER = """
 import sys, torch
-from training import save_checkpoint
+from checkpoints import save_checkpoint
 n = 0
 while True:
     n += 1
