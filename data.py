@@ -93,6 +93,22 @@ def add_task_flags(parser):
     g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
 
 
+def saved_task(cells, path):
+    """The Task that the file at path says it was made for (a dict), checked: a number of another type or size is not believed. Raises InputError."""
+    known = {f.name: f for f in fields(Task)}
+    limits = dict(scale=(1, 64), sigma_n=(0, 10), strength=(-1, 1), sigma_p=(0, 1), image_size=(8, 65536), hflip=(0, 1), vflip=(0, 1))
+    for name, value in cells.items():
+        if name not in known:
+            raise InputError(f"{path} was made for a task with {name!r}, which this version does not know")
+        kind, (low, high) = known[name].type, limits.get(name, (-2**31, 2**31))
+        right = type(value) in {str: (str,), bool: (bool,), int: (int,), float: (int, float)}[kind]
+        if not right or (kind in (int, float) and not low <= value <= high):
+            raise InputError(f"{path} was made for a task whose {name} is {value!r:.40}, which no task has")
+    if "name" not in cells:
+        raise InputError(f"{path} was made for a task without a name")
+    return Task(**cells)
+
+
 def resolve_task(args, row=None, training=True):
     """The row that --dataset names (or the row given), with the cells that other flags override. Raises InputError where they do not fit each other."""
     given = {f.name: v for f in fields(Task) if f.name != "name" and (v := getattr(args, f.name, None)) is not None}

@@ -187,7 +187,7 @@ def load_teacher(args, out_dir):
     args.teacher = args.teacher or newest(args.dataset, "flow", args.dry_run)
     if args.teacher and teachers.names_family(args.teacher):
         teacher, meta = teachers.load_teacher(args.teacher, args)
-        return teacher, data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None), meta
+        return teacher, data.resolve_task(args, data.saved_task(meta["task"], args.teacher) if meta["task"] else None), meta
     if training.absent(args, args.teacher):
         task = data.resolve_task(args)
         with torch.device("meta"):
@@ -197,7 +197,7 @@ def load_teacher(args, out_dir):
         raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
     if meta["task"] and meta["task"]["name"] != args.dataset:
         raise InputError(f"{args.teacher} was trained for {meta['task']['name']}: say --dataset {meta['task']['name']}")
-    task = data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None)
+    task = data.resolve_task(args, data.saved_task(meta["task"], args.teacher) if meta["task"] else None)
     if (meta["task"] or {}).get("model", task.model) != task.model:
         raise InputError(f"{args.teacher} holds the network {meta['task']['model']!r}, not {task.model!r}: its student is the same")
     if teacher.precond and teacher.precond["sigma_p"] != task.sigma_p:
@@ -250,7 +250,7 @@ def main(argv=None):
     model.to(run.device, memory_format=torch.channels_last)
     critic = Critic(teacher.feature_channels).to(run.device, memory_format=torch.channels_last) if perceptual else None
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-    training.shard(model, run)
+    training.spare_memory(model, run)
     state = training.first_state(run, model, critic)
     if checkpoint:
         training.restore(run, state, checkpoint)

@@ -12,6 +12,7 @@ Legend: x_1 HR image (t = 1), x_lr = H^T(H(x_1) + n), x_0 = noised x_lr (t = 0),
 """
 import copy
 import ctypes
+import functools
 import importlib
 import math
 import os
@@ -20,6 +21,7 @@ import sys
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_checkpoint, load_tensors, save_tensors
 from console import InputError, Parser
@@ -74,6 +76,8 @@ def find_family(name):
         raise InputError(f"the checkpoint holds a network of the family {name!r}, which is none of {', '.join(FAMILIES)}: if it is yours, "
                          f"say OFTSR_FAMILIES={name}" if ":" in name else f"there is no family {name!r}: there are {', '.join(FAMILIES)}")
     module, _, function = FAMILIES.get(name, name).partition(":")
+    if __package__ and ":" not in name:  # ours, in the installed package
+        module = f"{__package__}.{module}"
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:
@@ -187,9 +191,18 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """One entry of input_blocks, middle_block or output_blocks: passes the time embedding to those who want it."""
+    """One entry of input_blocks, middle_block or output_blocks: passes the time embedding to those who want it.
+
+    recompute  what its layers make is not kept for the backward pass, which makes it again: less memory, a third more time.
+    """
+    recompute = False
 
     def forward(self, x, emb):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.through, x, emb, use_reentrant=False)
+        return self.through(x, emb)
+
+    def through(self, x, emb):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -377,13 +390,19 @@ def pick_device(name="auto"):
 
 def pick_dtype(name, device):
     """The one precision rule: auto is bfloat16 where the device computes in it, else float32; parameters stay float32."""
-    if name != "auto":
-        return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    if name == "bfloat16" and not fast:
+        warn_once("this processor has no arithmetic in bfloat16: float32 is faster here (--dtype auto takes it)")
+    return getattr(torch, name) if name != "auto" else torch.bfloat16 if fast else torch.float32
+
+
+@functools.lru_cache(maxsize=None)
+def warn_once(words):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(words, file=sys.stderr, flush=True)
 
 
 def keep_freed_memory():
@@ -508,8 +527,8 @@ def load_model(path, device="cpu", model=None):
     if str(path).endswith(".safetensors"):
         meta, state = load_tensors(path)
     else:
-        checkpoint = load_checkpoint(path)
-        meta, state = weights_in(checkpoint, path)
+        held = load_checkpoint(path)
+        meta, state = weights_in(held, path)
     meta = {"stage": None, "task": None, "step": None, "model": None, **(meta or {})}
     if meta["stage"] not in ("flow", "distill", None) or not isinstance(meta["task"], (dict, type(None))) or not isinstance(meta["step"], (int, type(None))):
         raise InputError(f"{path} is not one of ours: its stage, task or step is none")
@@ -520,10 +539,10 @@ def load_model(path, device="cpu", model=None):
             raise InputError(f"{path} does not say the sigmas of its network, which {model!r} has: it is not one of ours")
         meta["model"] = PRESETS[model]
         if isinstance(state, dict):
-            state = adapted(state, build(PRESETS[model]).state_dict(), path)
+            state = adapted(state, network_of(PRESETS[model], path).state_dict(), path)
     net = network_of(meta["model"], path)
     if isinstance(state, list):
-        state = named(net, state, checkpoint.get("params"))
+        state = named(net, state, held.get("params"))
     check_fits(net, state, path)
     net.load_state_dict({n: p.float() for n, p in state.items()}, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta

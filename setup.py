@@ -39,8 +39,8 @@ class BuildPackage(build_py):
         for name, file in modules.items():
             if file.parent == ROOT:
                 (package / file.name).write_text(oftsr.rewrite(file.read_text(encoding="utf-8"), modules), encoding="utf-8")
-        for name in ("demo.html", "demo.js"):
-            shutil.copy(ROOT / name, package / name)
+        for file in [*ROOT.glob("*.html"), *ROOT.glob("*.js")]:  # the demo's page
+            shutil.copy(file, package)
         for folder in ("weights", "assets"):
             shutil.copytree(ROOT / folder, package / folder, ignore=shutil.ignore_patterns("figures"), dirs_exist_ok=True)
 

@@ -95,7 +95,7 @@ def main(argv=None):
         model.load_state_dict(weights)
     model.to(run.device, memory_format=torch.channels_last)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-    training.shard(model, run)
+    training.spare_memory(model, run)
     state = training.first_state(run, model)
     if checkpoint:
         training.restore(run, state, checkpoint)

@@ -35,7 +35,7 @@ from checkpoints import copy_file, load_checkpoint, one_before, save_checkpoint
 from console import InputError, atomic_write, in_range
 from degradations import degrade, to_float
 from metrics import psnr_rgb
-from model import check_fits, count_macs, keep_freed_memory, named, network_of, pick_device, pick_dtype, save_release
+from model import Stage, check_fits, count_macs, keep_freed_memory, named, network_of, pick_device, pick_dtype, save_release
 from pictures import write_picture
 
 try:
@@ -45,7 +45,7 @@ except ImportError:  # Windows
 
 # Settings that may change on resume: what they change is not what is learnt.
 FREE = {"init_from", "max_iters", "out_dir", "data_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
-        "always_save_checkpoint", "keep_best", "lpips_backbone", "num_workers", "compile", "shard", "dry_run", "dataset", "teacher"}
+        "always_save_checkpoint", "keep_best", "lpips_backbone", "num_workers", "compile", "grad_checkpoint", "shard", "dry_run", "dataset", "teacher"}
 
 
 class Diverged(InputError):
@@ -82,6 +82,7 @@ def add_training_flags(parser):
     g.add_argument("--num_workers", type=in_range(int, -1), default=-1, help="processes that read pictures; -1: 0 on a CPU, else up to 8")
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
+    g.add_argument("--grad_checkpoint", action="store_true", help="keep only what goes from block to block for the backward pass, and make the rest again: less memory, more time")
     g.add_argument("--shard", action="store_true", help="share the weights, their average and the optimizer's numbers out among the processes (torch's FSDP), for networks that are too large for one")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
     g.add_argument("--dry_run", action="store_true", help="print settings, parameters and MACs, and stop")
@@ -219,13 +220,22 @@ def parallel(module, run):
     return DistributedDataParallel(module, device_ids=[run.device.index] if run.device.type == "cuda" else None)
 
 
+def spare_memory(model, run):
+    """What --grad_checkpoint and --shard ask of a model, in place. Raises InputError where it cannot be."""
+    stages = [m for m in model.modules() if isinstance(m, Stage)]
+    if run.args.grad_checkpoint and not stages:
+        raise InputError("--grad_checkpoint knows the blocks of this project's U-Net, which this network is not")
+    for stage in stages:
+        stage.recompute = run.args.grad_checkpoint
+    if run.args.shard:
+        shard(model, run)
+
+
 def shard(model, run):
     """With --shard the weights of every block are spread over the processes, and are brought together only while it computes. In place.
 
     What is then a part of a tensor (a DTensor) is made whole by `whole`, and a whole one a part by `like`. Raises InputError where it cannot be.
     """
-    if not run.args.shard:
-        return
     if run.world == 1:
         raise InputError("--shard shares the weights out among processes: start them with torchrun --nproc_per_node N")
     if run.args.optimizer == "muon":

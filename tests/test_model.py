@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import model as networks
 from console import InputError
 from checkpoints import load_checkpoint, save_checkpoint
 from model import PRESETS, UNet, UpConv, count_macs, load_model, network_config, save_release
@@ -249,12 +250,23 @@ def test_kill_during_a_save_leaves_a_whole_file(tmp_path):
             writer.send_signal(signal.SIGKILL)
         saved = load_checkpoint(path)
         assert torch.equal(saved["data"], torch.full((500_000,), float(saved["n"])))
-    assert len(list(tmp_path.iterdir())) <= 2  # at most one leftover, which the next save overwrites
+    assert len(list(tmp_path.iterdir())) <= 3  # the one before, and at most one leftover, which the next save sweeps
     save_checkpoint(path, dict(n=0))
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_before.pt"]
 
 
 def test_a_release_may_be_read_by_whom_any_new_file_may(tmp_path):
     (tmp_path / "plain").touch()
     save_release(tmp_path / "weights.safetensors", tiny(), dict(stage="flow"))
     assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_bfloat16_is_said_to_be_slower_where_it_is(monkeypatch, capsys):
+    networks.warn_once.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    cpu = torch.device("cpu")
+    for name, dtype, said in (("auto", torch.float32, 0), ("float32", torch.float32, 0), ("bfloat16", torch.bfloat16, 1), ("bfloat16", torch.bfloat16, 0)):
+        assert networks.pick_dtype(name, cpu) == dtype and capsys.readouterr().err.count("float32 is faster here") == said
+    networks.warn_once.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert networks.pick_dtype("auto", cpu) == networks.pick_dtype("bfloat16", cpu) == torch.bfloat16 and not capsys.readouterr().err

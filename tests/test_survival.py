@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +355,29 @@ def test_edited_checkpoints_are_one_line(photos, tmp_path):  # noqa: F811
         with pytest.raises(InputError) as e:
             run(train_flow, photos, tmp_path, "--max_iters", 2, "--init_from", "resume")
         assert "ckpt.pt" in str(e.value) and "\n" not in str(e.value), edit
+
+
+@pytest.mark.parametrize("change", [dict(scale=1000), dict(scale="4"), dict(surprise=1), dict(image_size=-1), dict(condition=1), dict(sigma_p=float("nan")), dict(hflip=None)])
+def test_a_file_made_for_no_task_is_one_line(change):
+    cells = {**asdict(data.TASKS["photos"]), **change}
+    with pytest.raises(InputError, match="x.pt was made for a task"):
+        data.saved_task(cells, "x.pt")
+    assert data.saved_task(asdict(data.TASKS["photos"]), "x.pt") == data.TASKS["photos"]
+
+
+def test_what_is_made_again_is_the_same_gradient_with_less_kept():
+    torch.manual_seed(0)
+    net, x_in, t = tiny().requires_grad_(True), torch.randn(2, 6, 32, 32), torch.rand(2)
+    gradients, kept = [], []
+    for again in (False, True):
+        for stage in (m for m in net.modules() if isinstance(m, training.Stage)):
+            stage.recompute = again
+        kept.append([])
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept[-1].append(tensor.nbytes), tensor)[1], lambda tensor: tensor):
+            loss = net(x_in, t).square().mean()
+        gradients.append(torch.autograd.grad(loss, list(net.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert sum(kept[1]) < 0.5 * sum(kept[0])
 
 
 def test_a_network_is_not_trained_under_another_name(photos, tmp_path):  # noqa: F811
