@@ -9,6 +9,7 @@ folder of its own that is gone when the program ends. demo.js is the part of it 
 import atexit
 import base64
 import functools
+import importlib.util
 import io
 import math
 import os
@@ -335,15 +336,14 @@ def main(argv=None):
     p.add_argument("--port", type=in_range(int, 0, 65535), help="of the page (default: the first free one from 7860 on)")
     p.add_argument("--no_browser", action="store_true", help="open no browser: the page's address is printed")
     args = p.parse_args(argv)
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the page needs gradio: pip install -e '.[demo]'")
     folder = Path(tempfile.mkdtemp(prefix="oftsr-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then, too
     os.environ.update(GRADIO_TEMP_DIR=str(folder / "gradio"), GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
     (folder / "results").mkdir()
-    try:
-        import gradio as gr
-    except ImportError:
-        raise InputError("the page needs gradio: pip install -e '.[demo]'") from None
+    import gradio as gr
     for name in NETWORKS:
         load(name)
     page = build(folder)

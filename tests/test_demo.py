@@ -128,6 +128,12 @@ def test_mistakes_are_one_line():
     assert done.returncode == 2 and "is not a whole number" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_without_gradio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(InputError, match="the page needs gradio"):
+        demo.main([])
+
+
 # --- in a browser ---
 
 
