@@ -39,6 +39,7 @@ EXAMPLES = [ROOT / "assets" / name for name in ("astronaut.png", "cat.png", "cof
 NETWORKS = {"student: one step": (sample.WEIGHTS, {}), "flow: 8 steps of midpoint": (FLOW, dict(solver="midpoint", steps=8))}
 MOST_PIXELS = 13_000_000  # of an input: a camera's 4000 x 3000
 MOST_BYTES = 100_000_000
+KEPT = 300_000_000  # bytes of seen results of one picture, in memory
 SHOWN = 16_000_000  # pixels of a result that a browser is given; a larger one is shown reduced
 
 
@@ -168,7 +169,10 @@ def picture(opened, t, ahead=False):
     with TURNS.turn(opened, lambda: not ahead and opened.asked != mine, ahead):
         if t not in opened.seen:
             opened.seen[t] = data_url(small(opened, t) if size_of(opened)[2] > 1 else np.concatenate([rgb8(rows) for rows in restored(opened, t)]))
-    return opened.seen[t]
+        shown = opened.seen[t]
+        while len(opened.seen) > 1 and sum(map(len, opened.seen.values())) > KEPT:
+            del opened.seen[next(iter(opened.seen))]  # the oldest
+    return shown
 
 
 def small(opened, t):
@@ -181,7 +185,9 @@ def small(opened, t):
             whole = len(kept) // factor * factor
             shown.append(rgb8(reduced(kept[:whole], factor)))
             kept = kept[whole:]
-    opened.files[t] = path
+    for old in opened.files.values():  # hundreds of megabytes each: the last one is kept
+        old.unlink(missing_ok=True)
+    opened.files = {t: path}
     return np.concatenate(shown)
 
 
