@@ -3,8 +3,20 @@
 No torch, so that a wrong flag is answered at once.
 """
 import argparse
+import functools
+import itertools
 import os
+import platform
+import re
+import struct
+import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
+
+VERSION = "0.1.0"
+RESERVED = {"CON", "PRN", "AUX", "NUL", *(f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10))}  # devices on Windows, whatever the ending
+_count = itertools.count()
 
 
 class InputError(ValueError):
@@ -24,21 +36,78 @@ def in_range(kind, low, high=None):
     return parse
 
 
-def atomic_write(path, write):
-    """write(temporary path), then rename: whoever reads `path`, at whatever moment, finds a whole file, old or new.
+def speak_anywhere():
+    """Have the console show what it cannot write, a name in another alphabet say, as \\u escapes instead of failing on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
-    Raises InputError where the system refuses: no permission, a full disk, a file where a folder should be.
+
+@contextmanager
+def atomic_path(path):
+    """A temporary path beside `path`: renamed to it when the block ends well, removed when it does not.
+
+    Whoever reads `path`, at whatever moment, finds a whole file, old or new; of two programs that write it the last to
+    finish wins. Raises InputError where the system refuses: no permission, a full disk, a file where a folder should be.
     """
     path = Path(path)
-    tmp = path.with_name(f".{path.name}.tmp")  # always the same name: what a killed process left is overwritten
+    if sys.platform == "win32" and path.name.split(".")[0].strip().upper() in RESERVED:
+        raise InputError(f"cannot write {path}: on Windows {path.name} names a device")
+    # The program's number keeps two programs apart, and tells later ones whether this one still lives. A name has at most 255 bytes.
+    tmp = path.with_name(f".{path.name[:40]}.oftsr-{platform.node()[:40]}-{os.getpid()}-{next(_count)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(tmp)
-        with open(tmp, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:  # RuntimeError: torch.save's, when the disk is full
-        raise InputError(f"cannot write {path}: {e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]}") from e
+        with refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_litter(path.parent.resolve())
+        yield tmp
+        with refusals(path):
+            with open(tmp, "rb+") as f:  # Windows syncs only what is open for writing
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
     finally:
         if tmp.parent.is_dir():
             tmp.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusals(path):
+    """What the system or an encoder says against writing `path`, as an InputError in one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SystemError, struct.error) as e:  # RuntimeError: torch.save's, when the disk is full
+        why = e.strerror if isinstance(e, OSError) and e.strerror else (str(e) or type(e).__name__).splitlines()[0]
+        raise InputError(f"cannot write {path}: {why}") from e
+
+
+def atomic_write(path, write):
+    """write(temporary path), then rename it to `path`: see atomic_path."""
+    with atomic_path(path) as tmp, refusals(path):
+        write(tmp)
+
+
+@functools.lru_cache(maxsize=None)  # once a folder: a folder may be long
+def _remove_litter(folder):
+    """Remove what killed programs left in a folder: this machine's that run no more, and any that nobody wrote to for a day."""
+    for entry in os.scandir(folder):
+        if name := re.fullmatch(r"\..*\.oftsr-(.*)-(\d+)-\d+\.tmp", entry.name):
+            try:
+                dead = name[1] == platform.node()[:40] and not _runs(int(name[2]))
+                if dead or time.time() - entry.stat().st_mtime > 86400:
+                    os.unlink(entry.path)
+            except OSError:  # another program was first, or it is not ours to remove
+                pass
+
+
+def _runs(pid):
+    """Whether a program of that number runs, as far as can be told: on Windows to ask would be to end it."""
+    if sys.platform == "win32":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        pass
+    return True

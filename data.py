@@ -1,4 +1,6 @@
-"""Pictures in and out, datasets and crops, the degradations H and H^T, and the table of tasks.
+"""The table of tasks, and the pictures of a task: crops, flips, the order of training.
+
+    python data.py --dataset ffhq --data_dir DIR      # what a training would use of a folder, and what is missing there
 
 A picture is (3, H, W); on disk and in a batch from the loader it is uint8, for the network it is
 float in [-1, 1]. Nothing here depends on how many processes train: picture number n of a training
@@ -6,7 +8,6 @@ run is the same picture, crop and flip on one GPU and on eight.
 """
 import argparse
 import itertools
-import os
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -17,10 +18,9 @@ from PIL import Image
 
 from console import InputError, in_range
 from degradations import degrade, to_float
+from folders import ASSETS, expected, keep_split, list_hash, note, split_folder
 from model import PRESETS
-from pictures import list_images, read_image
-
-ASSETS = Path(__file__).parent / "assets"
+from pictures import read_image
 
 
 # --- tasks: a row is everything an experiment of the paper fixes ---
@@ -37,13 +37,14 @@ class Task:
     sigma_p: float = 0.1  # perturbation of the start, Eq. (4)
     image_size: int = 256  # side of a training picture
     crop: str = "center"  # "center": resize the short side, cut the middle; "random": cut anywhere, no resizing
+    enlarge: bool = False  # what is smaller than image_size is enlarged, not refused: the paper's ImageNet has such pictures
     model: str = "ffhq"  # preset of model.py
     loss: str = "l1"  # D of Eq. (5)
     hflip: float = 0.5
     vflip: float = 0.06
     condition: bool = True  # the network sees x_lr
     train_files: int = 0  # train on the first N files by name; 0: all that are not for validation; -1: those too
-    val_list: str = ""  # names of the validation files, in assets/
+    val_list: str = ""  # names of the validation files, a list in assets/ or anywhere; "": what folders.split_folder finds
     paper: str = ""  # where the paper reports it
 
 
@@ -53,14 +54,21 @@ TASKS = {task.name: task for task in (
     Task("ffhq", train_files=60000, val_list="ffhq_val_100.txt", paper="Table 2, top"),
     Task("ffhq_noisy", degradation="avgpool", sigma_n=0.05, sigma_p=0.5, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 2, bottom"),
     Task("ffhq_x8", scale=8, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
-    Task("ffhq512_x4", image_size=512, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
-    Task("ffhq512_x8", image_size=512, scale=8, train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
-    Task("div2k", sigma_p=0.2, crop="random", paper="Table 1"),
-    Task("imagenet", sigma_p=0.2, model="imagenet", val_list="imagenet_val_100.txt", paper="Table 3"),
-    Task("realsr", degradation="real", strength=1.0, eight_bit=True, sigma_p=0.2, paper="Tables 4 and 5, 64 to 256"),
+    Task("ffhq512_x4", image_size=512, model="ffhq512", train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
+    Task("ffhq512_x8", image_size=512, scale=8, model="ffhq512", train_files=60000, val_list="ffhq_val_100.txt", paper="Table 13"),
+    Task("div2k", sigma_p=0.2, crop="random", val_list="div2k_val_100.txt", paper="Table 1"),
+    Task("imagenet", sigma_p=0.2, model="imagenet", enlarge=True, val_list="imagenet_val_100.txt", paper="Table 3"),
+    Task("realsr", degradation="real", strength=1.0, eight_bit=True, sigma_p=0.2, enlarge=True, paper="Tables 4 and 5, 64 to 256"),
     Task("realsr512", degradation="real", strength=1.0, eight_bit=True, sigma_p=0.2, image_size=512, crop="random", paper="Tables 5 and 6, 128 to 512"),
     Task("ffhq_uncond", sigma_p=1.0, loss="l2", hflip=0.0, vflip=0.0, condition=False, train_files=-1, paper="Appendix F"),
 )}
+
+# How each row is trained, by stage: pictures of an update over all processes, updates, learning rate after the warm-up.
+# The paper's Sec. 4.1 and Tables 7 and 8 (its last line), but for Table 9's and 13's, and the rate of div2k, which is its published configuration's.
+RECIPES = {name: {"flow": (32, 100_000, 1e-4), "distill": (32, 20_000, 1e-4)} for name in TASKS} | {
+    "div2k": {"flow": (32, 100_000, 1e-5), "distill": (32, 20_000, 1e-5)},
+    "imagenet": {"flow": (32, 100_000, 1e-4), "distill": (32, 50_000, 1e-4)},
+} | {name: {"flow": (32, 30_000, 1e-4), "distill": (16, 10_000, 1e-4)} for name in ("ffhq_x8", "ffhq512_x4", "ffhq512_x8")}
 
 
 def add_task_flags(parser):
@@ -75,7 +83,11 @@ def add_task_flags(parser):
     g.add_argument("--sigma_p", type=in_range(float, 0, 1), help="perturbation of the start, Eq. (4)")
     g.add_argument("--image_size", type=in_range(int, 8), help="side of a training picture")
     g.add_argument("--crop", choices=("center", "random"), help="resize and cut the middle, or cut anywhere")
+    g.add_argument("--enlarge", action=argparse.BooleanOptionalAction, help="enlarge pictures smaller than --image_size instead of refusing them")
+    g.add_argument("--val_list", metavar="FILE", help="names of the validation files, one a line; none: what the folders say")
     g.add_argument("--model", choices=PRESETS, help="network preset")
+    g.add_argument("--condition", action="store_true", default=None, help="the network sees x_lr")
+    g.add_argument("--no_condition", dest="condition", action="store_false", default=None, help="it does not: x_lr counts only through x_0")
     g.add_argument("--hflip", type=in_range(float, 0, 1), help="chance of a horizontal flip")
     g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
 
@@ -95,32 +107,49 @@ def resolve_task(args, row=None):
     return task
 
 
-def find_pictures(task, data_dir=None):
-    """The folder of a task, all of its pictures, and those of them that are marked for validation: (Path, [Path], [Path]).
+def find_split(task, data_dir=None, memory=None, quiet=False):
+    """The pictures of a task, for training and for validation, as a folders.Split.
 
-    data_dir defaults to data/<task name> (of photos_real data/photos), and where there is no data/photos, to the photographs in assets/. Marked
-    are those that the task's list names (whatever their endings), else those in a subfolder val/; there may be none.
+    data_dir defaults to data/<task name> (of photos_real data/photos), and where there is no data/photos, to the photographs in assets/. memory: what
+    a checkpoint remembers of its lists; each picture then keeps the part it had, and what has changed is said, unless quiet.
     Raises InputError if there is no folder or no picture.
     """
     folder = Path(data_dir or Path("data") / task.name.removesuffix("_real"))
     if data_dir is None and folder.name == "photos" and not folder.is_dir():
-        folder, paths = ASSETS, sorted(ASSETS.glob("*.png"))
-        if os.environ.get("RANK", "0") == "0":
-            print(f"no folder data/photos: using the {len(paths)} photographs in assets/, enough to see it run "
-                  "and far too few to learn from or to judge by (--data_dir names a folder of yours)", file=sys.stderr)
-    else:
-        paths = list_images(folder)
-    stems = {Path(name).stem for name in (ASSETS / task.val_list).read_text().split()} if task.val_list else set()
-    return folder, paths, [p for p in paths if p.stem in stems] or [p for p in paths if folder / "val" in p.parents]
+        folder = ASSETS
+        note("no folder data/photos: using the photographs in assets/, enough to see it run "
+             "and far too few to learn from or to judge by (--data_dir names a folder of yours)")
+    split = split_folder(folder, task)
+    if folder == ASSETS:  # not the figures below it
+        split = replace(split, train=[f for f in split.train if "/" not in f], val=[f for f in split.val if "/" not in f])
+    split, changed = keep_split(split, memory)
+    if changed and not quiet:
+        note(changed)
+    return split
 
 
 def find_data(task, data_dir=None):
-    """The training and the validation files of a task: two lists of paths; where none are marked, one in twenty validates."""
-    _, paths, val = find_pictures(task, data_dir)
-    val = val or paths[::20]
-    held_out = set(val) if task.train_files >= 0 else set()
-    train = [p for p in paths if p not in held_out][: task.train_files if task.train_files > 0 else None]
-    return train or val, val  # a single picture serves as both
+    """The training and the validation files of a task: two lists of paths, neither empty. Raises InputError if there are none to train on."""
+    return check_split(find_split(task, data_dir), task)
+
+
+def check_split(split, task):
+    """The files of a Split that a training can use, as two lists of paths, neither empty. Raises InputError if most are too small, or none is for training.
+
+    Where no picture is for validation, a training looks at itself on pictures that it has seen, and says so.
+    """
+    if not split.train:
+        raise InputError(f"{split.folder} holds validation pictures alone ({split.how}): name the folder above it, or one of pictures to train on")
+    if not split.val:
+        note(f"no validation pictures in {split.folder} ({split.how}): the scores during training are of pictures that it trains on")
+    train, val = ([split.folder / f for f in files] for files in (split.train, split.val or spread(split.train, 100)))
+    sizes, _ = picture_sizes(train, 200)
+    small = [item for item in sizes if not fits(*item[0], task)]
+    if len(small) > len(sizes) / 2:  # fewer are left out one by one
+        (w, h), path = small[0]
+        raise InputError(f"{len(small)} of {len(sizes)} pictures looked at in {split.folder} are smaller than the {task.image_size} pixels of {task.name}, "
+                         f"as {path}, {w} x {h}: truth is not enlarged")
+    return train, val
 
 
 def spread(items, count):
@@ -129,6 +158,17 @@ def spread(items, count):
 
 
 # --- datasets ---
+
+
+def fits(width, height, task, size=None):
+    """Whether a picture is large enough to be truth at the task's size (or another); enlarged, it would be a blurred one."""
+    return min(height, width) >= (size or task.image_size) or (task.enlarge and task.crop == "center")
+
+
+def check_side(path, height, width, task, size=None):
+    """Raises InputError, which names the file and its size, if it does not fit."""
+    if not fits(width, height, task, size):
+        raise InputError(f"{path} is {width} x {height}, smaller than the {size or task.image_size} pixels of {task.name}: truth is not enlarged")
 
 
 def center_crop(image, size):
@@ -144,12 +184,12 @@ def center_crop(image, size):
 class Pictures(torch.utils.data.Dataset):
     """Training pictures: item (index, n) is (3, S, S) uint8 and n, the crop and flips being drawn from (seed, n).
 
-    A picture that is broken, or too small for the crop, is replaced by the next one with a warning that
-    names it; when more than 1 % are, InputError.
+    A picture that is broken, or too small for the task, is replaced by the next one with a warning that names it; when
+    more than 1 % are broken, or none is large enough, InputError.
     """
 
     def __init__(self, paths, task, seed):
-        self.paths, self.task, self.seed, self.broken = paths, task, seed, set()
+        self.paths, self.task, self.seed, self.broken, self.small = paths, task, seed, set(), set()
 
     def __len__(self):
         return len(self.paths)
@@ -159,15 +199,22 @@ class Pictures(torch.utils.data.Dataset):
             path = self.paths[i % len(self)]
             try:
                 image = read_image(path)
-                if self.task.crop == "random" and min(image.shape[:2]) < self.task.image_size:
-                    raise InputError(f"{path} is {image.shape[1]} x {image.shape[0]}, smaller than the {self.task.image_size} crop")
-                return image
             except InputError as e:
-                if path not in self.broken:
-                    self.broken.add(path)
-                    print(f"skipped: {e}", file=sys.stderr)
+                self.skip(path, self.broken, e)
                 if len(self.broken) > 0.01 * len(self):
                     raise InputError(f"{len(self.broken)} of {len(self)} training pictures cannot be used, the last: {e}") from None
+                continue
+            if fits(image.shape[1], image.shape[0], self.task):
+                return image
+            e = f"{path} is {image.shape[1]} x {image.shape[0]}, smaller than the {self.task.image_size} pixels of {self.task.name}"
+            self.skip(path, self.small, e)
+            if i - index >= len(self):
+                raise InputError(f"no training picture is large enough, the last: {e}")
+
+    def skip(self, path, others, why):
+        if path not in others and len(others) < 10:  # of the rest, of which there may be a million, no line each
+            print(f"skipped: {why}", file=sys.stderr)
+        others.add(path)
 
     def __getitem__(self, key):
         index, n = key
@@ -213,21 +260,32 @@ def training_batches(paths, task, seed, batch_size, start, rank, world, num_work
 
 
 def validation_pictures(paths, task, count):
-    """The middles of `count` of the files, spread evenly: (N, 3, S, S) uint8, S = the task's size, or the first multiple of it from 256 on.
+    """The middles of `count` of the files, spread evenly: (N, 3, S, S) uint8.
 
-    A broken one is left out with a warning; InputError if none is left.
+    S is the task's size, or, where crops are random, the first multiple of it from 256 on that half of the files have:
+    enlarged, they would flatter whatever blurs. One that is broken or too small is left out with a warning; InputError if
+    none is left.
     """
-    size, pictures = task.image_size, []
-    if task.crop == "random":
-        size *= max(1, -(-256 // size))  # a multiple, as it has to be one of the scale and of the network's, too
+    pictures, size = {}, task.image_size
     for p in spread(paths, count):
         try:
-            pictures.append(torch.from_numpy(np.array(center_crop(Image.fromarray(read_image(p)), size)).transpose(2, 0, 1)))
+            pictures[p] = read_image(p)
         except InputError as e:
-            print(f"skipped for validation: {e}", file=sys.stderr)
-    if not pictures:
-        raise InputError("none of the validation pictures can be read")
-    return torch.stack(pictures)
+            note(f"skipped for validation: {e}")
+    if task.crop == "random":  # a multiple, as it has to be one of the scale and of the network's, too
+        sides = sorted(min(x.shape[:2]) for x in pictures.values())
+        most = sides[(len(sides) - 1) // 2] if sides else 0  # half of them have as much
+        size *= max(1, min(-(-256 // size), most // size))
+    middles = []
+    for p, x in pictures.items():
+        try:
+            check_side(p, *x.shape[:2], task, size)
+            middles.append(torch.from_numpy(np.array(center_crop(Image.fromarray(x), size)).transpose(2, 0, 1)))
+        except InputError as e:
+            note(f"skipped for validation: {e}")
+    if not middles:
+        raise InputError("none of the validation pictures can be used")
+    return torch.stack(middles)
 
 
 def image_seeds(seed, numbers):
@@ -255,3 +313,56 @@ def measure_sigma_d(paths, task, seed, count=256):
         d = x_1 - degrade(x_1, task, image_seeds(seed, n))
         total, pixels = total + d.double().square().sum().item(), pixels + d.numel()
     return (total / pixels) ** 0.5
+
+
+# --- what a folder holds ---
+
+
+def picture_sizes(paths, count=2000):
+    """Of `count` of the files, spread evenly: their (width, height), smallest first, and what cannot be opened. From the headers alone."""
+    sizes, broken = [], []
+    for path in spread(paths, count):
+        try:
+            with Image.open(path) as im:
+                sizes.append((im.size, path))
+        except Exception:  # Pillow raises whatever a broken file leads it to
+            broken.append(path)
+    return sorted(sizes, key=lambda item: min(item[0])), broken
+
+
+def describe(split, task):
+    """What a training would use of a folder: counts, the split, sizes, the hash of the list; and what was expected. Lines of text."""
+    yield f"{task.name} in {split.folder}"
+    yield f"  training    {len(split.train):,} pictures"
+    yield f"  validation  {len(split.val):,} pictures: {split.how}"
+    for why, files in split.left_out.items():
+        yield f"  left out    {len(files):,} {why}, as {files[0]}"
+    for name, files in (("training", split.train), ("validation", split.val)):
+        sizes, broken = picture_sizes([split.folder / f for f in files])
+        if sizes:
+            small = [item for item in sizes if min(item[0]) < task.image_size]
+            (w, h), (mw, mh) = sizes[0][0], sizes[len(sizes) // 2][0]
+            yield (f"  sizes       {name}: smallest {w} x {h}, median {mw} x {mh}, of {len(sizes):,} looked at"
+                   + (f"; {len(small):,} smaller than {task.image_size}, {'enlarged' if task.enlarge else 'not used'}, as {small[0][1]}" if small else ""))
+        if broken:
+            yield f"  broken      {len(broken):,}, as {broken[0]}"
+    yield f"  sha256      {list_hash(split)} of the list"
+    if missing := expected(split, task):
+        yield f"  expected    {missing}"
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description="What a training would use of a folder of pictures.", allow_abbrev=False)
+    add_task_flags(p)
+    p.add_argument("--data_dir", help="the folder (default: data/DATASET)")
+    args = p.parse_args(argv)
+    task = resolve_task(args)
+    for line in describe(find_split(task, args.data_dir), task):
+        print(line)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (InputError, OSError) as e:
+        sys.exit(f"data.py: {e}")

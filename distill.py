@@ -27,9 +27,9 @@ from console import InputError, in_range
 from degradations import degrade
 from evaluate import validate
 from metrics import load_lpips
-from model import UNet, load_checkpoint, load_model
+from model import UNet, load_checkpoint, load_model, network_config
 from perceptual import Critic, add_perceptual_flags, critic_loss, perceptual_losses
-from pictures import write_image
+from pictures import write_picture
 from sample import RK2_NODES, integrate, mean_slope, one_step
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
@@ -44,24 +44,29 @@ def parse_args(argv):
     p.add_argument("--solver", choices=("euler", *RK2_NODES), default="midpoint", help="of the teacher's step from t to s")
     p.add_argument("--lambda_align", type=in_range(float, 0), default=0.01, help="weight of Eq. (10)")
     p.add_argument("--lambda_bc", type=in_range(float, 0), default=0.1, help="weight of Eq. (11)")
+    p.add_argument("--align_grad", action="store_true", help="the gradient of Eq. (10) flows through x_t and the teacher too, which the paper leaves open")
+    p.add_argument("--in_turn", action="store_true", help="the student's evaluations at t, 0 and s one after the other, not in one batch: a third of the memory")
     p.add_argument("--t_min", type=in_range(float, -1, 1), default=0.01, help="t is uniform from here; below 0, a step begins at 0 and is shorter, so that s covers (0, dt) too")
     p.add_argument("--t_max", type=in_range(float, 0, 1), default=0.99, help="to here; with 1 - dt, no step is cut short at 1")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill; for --loss perceptual out/DATASET_perceptual)")
     p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
     add_perceptual_flags(p)
-    training.add_training_flags(p, max_iters=20_000)
+    training.add_training_flags(p)
     args = p.parse_args(argv)
     if args.t_min > args.t_max:
         p.error(f"--t_min {args.t_min} is above --t_max {args.t_max}")
+    if args.in_turn and args.objective != "oftsr":
+        p.error(f"--in_turn: the evaluations of --loss {args.objective} depend on each other, those of oftsr do not")
     if args.objective in ("boot", "pinn") and args.t_max == 1:
         p.error("--t_max 1: Eq. (15) and (16) divide by 1 - t or s - t, which would be 0: stay below 1")
     return args
 
 
-def distillation_losses(student, teacher, x_in, t, s, solver="midpoint", objective="oftsr"):
+def distillation_losses(student, teacher, x_in, t, s, solver="midpoint", objective="oftsr", align_grad=False):
     """Algorithm 1, lines 8 to 11: (3,) = [Eq. (9), or (15) or (16), then Eq. (10), Eq. (11)], means over all elements.
 
     x_in = concat(x_0, x_lr) (B, 6, H, W); t < s (B,). The student's three evaluations are one batch, so are the teacher's two.
+    The paper prints no stop-gradient in Eq. (10); here the teacher and x_t are constants in it, unless align_grad.
     """
     zero = torch.zeros_like(t)
     v_phi = student(x_in.repeat(3, 1, 1, 1), torch.cat([t, s, zero])).float()  # at t, s and 0, always from x_0
@@ -71,10 +76,51 @@ def distillation_losses(student, teacher, x_in, t, s, solver="midpoint", objecti
         v_theta = teacher(torch.cat([x_t_in, x_in]), torch.cat([t, zero])).float()  # at (x_t, t) and (x_0, 0)
         v_step = mean_slope(teacher, x_t_in, v_theta[: len(t)], t, s - t, solver).float()
     losses = kernels.distill_loss(v_phi, v_step, v_theta, t, s)
+    if align_grad:
+        losses = torch.stack([losses[0], align_through(teacher, x_in, v_t, t), losses[2]])
     if objective == "oftsr":
         return losses
     error = {"boot": boot_error, "pinn": pinn_error}[objective](v_t, v_s, v_step, t, s)
     return torch.cat([error.square().mean()[None], losses[1:]])
+
+
+def align_through(teacher, x_in, v_t, t):
+    """Eq. (10) with the gradient through x_t = x_0 + t v_phi and the teacher: x_in (B, 6, H, W), v_t (B, 3, H, W), t (B,) -> a number."""
+    (x_0, x_lr), times = x_in.chunk(2, dim=1), t.view(-1, 1, 1, 1)
+    v_theta = teacher(torch.cat([x_0 + times * v_t, x_lr], dim=1), t).float()
+    return ((1 - times) * (v_t - v_theta)).square().mean()
+
+
+def losses_in_turn(student, teacher, x_in, t, s, solver="midpoint", align_grad=False):
+    """distillation_losses one by one: yields ("align", Eq. 10), ("bc", Eq. 11), ("distill", Eq. 9).
+
+    Each depends on one evaluation of the student alone. Whoever goes backward through each before asking for the next needs
+    the memory of one, not of three.
+    """
+    zero = torch.zeros_like(t)
+    v_t = student(x_in, t).float()
+    with torch.no_grad():
+        x_t_in = kernels.student_state(x_in, v_t, t)  # Eq. (7)
+        v_theta = teacher(x_t_in, t).float()
+        target = kernels.distill_target(v_t, mean_slope(teacher, x_t_in, v_theta, t, s - t, solver).float(), t, s)
+        v_bc = teacher(x_in, zero).float()
+    yield "align", align_through(teacher, x_in, v_t, t) if align_grad else ((1 - t.view(-1, 1, 1, 1)) * (v_t - v_theta)).square().mean()
+    yield "bc", (student(x_in, zero).float() - v_bc).square().mean()
+    yield "distill", (student(x_in, s).float() - target).square().mean()
+
+
+def backward_in_turn(student, teacher, x_in, t, s, args, exchange):
+    """A backward pass through each of losses_in_turn, weighted as in Eq. (12): distillation_losses' (3,), without gradient.
+
+    exchange: whether this batch is the last before an update, so that the last pass exchanges gradients between processes.
+    """
+    lambdas, losses = {"distill": 1, "align": args.lambda_align, "bc": args.lambda_bc}, {}
+    training.exchange_gradients(student, False)
+    for name, loss in losses_in_turn(student, teacher, x_in, t, s, args.solver, args.align_grad):
+        (lambdas[name] * loss / args.gradient_accumulation_steps).backward()
+        losses[name] = loss.detach()
+        training.exchange_gradients(student, exchange and name == "bc")  # "distill" comes next, and is the last
+    return torch.stack([losses[name] for name in lambdas])
 
 
 def boot_error(v_t, v_s, v_step, t, s):
@@ -95,8 +141,11 @@ def make_times(t, args):
     return t.clamp(min=0), (t + args.dt).clamp(1e-3, 1)
 
 
-def newest(task_name, stage):
-    """The newest checkpoint of that task under out/ of stage "flow", or "distill" (not of --loss perceptual), else the shipped flow for photos. Raises InputError."""
+def newest(task_name, stage, optional=False):
+    """The newest checkpoint of that task under out/ of stage "flow", or "distill" (not of --loss perceptual), else the shipped flow for photos: its path.
+
+    Where there is none: None if optional, else raises InputError.
+    """
     for path in sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             checkpoint = load_checkpoint(path)
@@ -106,21 +155,28 @@ def newest(task_name, stage):
         if checkpoint.get("stage") != stage or not isinstance(task, dict) or not isinstance(args, dict):  # another's
             continue
         if task["name"] == task_name and args.get("objective") != "perceptual":
-            return path
+            return str(path)
     if stage == "flow" and task_name == "photos" and TEACHER.is_file():
-        return TEACHER
+        return str(TEACHER)
+    if optional:
+        return None
     what, script, flag = {"flow": ("teacher", "train_flow.py", "--teacher"), "distill": ("student", "distill.py", "--init_from")}[stage]
     raise InputError(f"no {what} for {task_name}: none under out/ ({script} --dataset {task_name} makes one, or name a file with {flag})")
 
 
 def load_teacher(args, out_dir):
-    """The teacher that --teacher names, a resumed run had, or is the newest, and its task as flags override it: (UNet, Task, its step).
+    """The teacher that --teacher names, a resumed run had, or is the newest, and its task as flags override it: (UNet, Task, its metadata).
 
-    Raises InputError if it is no flow, or not of this task. Sets args.teacher to its path.
+    Raises InputError if it is no flow, or not of this task. Sets args.teacher to its path. A dry run needs no file: without
+    one it gets the row's network without weights.
     """
     if args.init_from == "resume" and args.teacher is None:
         args.teacher = load_checkpoint(out_dir / "ckpt.pt").get("args", {}).get("teacher")
-    args.teacher = str(args.teacher or newest(args.dataset, "flow"))
+    args.teacher = args.teacher or newest(args.dataset, "flow", args.dry_run)
+    if training.absent(args, args.teacher):
+        task = data.resolve_task(args)
+        with torch.device("meta"):
+            return UNet(**network_config(task.model, task.condition, task.sigma_p, sigma_d=1.0)), task, dict(step=None)
     teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
     if meta["stage"] == "distill":
         raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
@@ -131,41 +187,42 @@ def load_teacher(args, out_dir):
         raise InputError(f"{args.teacher} holds the network {meta['task']['model']!r}, not {task.model!r}: its student is the same")
     if teacher.precond and teacher.precond["sigma_p"] != task.sigma_p:
         raise InputError(f"{args.teacher} was trained with --sigma_p {teacher.precond['sigma_p']}, not {task.sigma_p}: give the same")
-    return teacher, task, meta["step"]
+    return teacher, task, meta
 
 
 def start_network(args, task, teacher):
-    """What a new run starts from, by --init_from: (arguments of UNet, its weights). Raises InputError if the file named does not fit."""
-    start = teacher
-    if args.init_from != "teacher":
+    """What a new run starts from, by --init_from: (arguments of UNet, its weights, its metadata). Raises InputError if the file named does not fit."""
+    start, meta = teacher, None
+    if args.init_from != "teacher" and not training.absent(args, args.init_from):
         start, meta = load_model(args.init_from, model=task.model)
         if {**start.config, "one_step": teacher.config["one_step"]} != teacher.config:
             raise InputError(f"{args.init_from} is not the teacher's network with the teacher's sigma_p: start from a student of {args.teacher}")
         if meta["task"] and meta["task"]["name"] != task.name:
             raise InputError(f"{args.init_from} was trained for {meta['task']['name']}, not {task.name}")
-    return {**start.config, "one_step": True}, start.state_dict()
+    return {**start.config, "one_step": True}, start.state_dict(), meta
 
 
 def main(argv=None):
     args = parse_args(argv)
     perceptual = args.objective == "perceptual"
     out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
-    teacher, task, teacher_step = load_teacher(args, out_dir)
+    teacher, task, teacher_meta = load_teacher(args, out_dir)
     if perceptual and not task.condition:
         raise InputError(f"--loss perceptual compares with the photograph behind x_lr, which a network of {task.name} does not see")
-    args.init_from = str(args.init_from or (newest(args.dataset, "distill") if perceptual else "teacher"))
+    args.init_from = args.init_from or (newest(args.dataset, "distill", args.dry_run) if perceptual else "teacher")
 
     # --- processes and device ---
     run = training.begin("distill", task, args, out_dir)
-    run.settings["teacher_step"] = teacher_step
+    run.settings["teacher_step"] = teacher_meta["step"]
 
     # --- data ---
-    train_paths, val_paths = data.find_data(task, args.data_dir)
+    checkpoint = training.find_checkpoint(run)
+    config, weights, meta = (checkpoint["model"], None, None) if checkpoint else start_network(args, task, teacher)
+    train_paths, val_paths = training.find_pictures(run, checkpoint, [teacher_meta, meta])
 
     # --- model ---
-    checkpoint = training.find_checkpoint(run)
-    config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, teacher)
-    model = UNet(**config)
+    with torch.device("meta" if args.dry_run else "cpu"):
+        model = UNet(**config)
     training.announce(run, model, train_paths, val_paths)
     if args.dry_run:
         return
@@ -207,7 +264,7 @@ def main(argv=None):
                 state.ema.copy_to(ema_model)
                 state.scores, grid = validate(predict, val, task, lpips, run.device)
                 training.log(run, dict(step=state.step, **state.scores))
-                write_image(run.out_dir / f"val_{state.step:07d}.png", grid)
+                write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
             if run.master:
                 training.save(run, state)
                 if args.always_save_checkpoint:
@@ -217,22 +274,25 @@ def main(argv=None):
         if state.step >= args.max_iters or stop:
             break
 
-        training.set_learning_rate(run, state)
+        training.before_update(run, state)
         for micro in range(args.gradient_accumulation_steps):
             x_1, n, seeds, t = training.next_batch(run, batches)
             x_lr = degrade(x_1, task, seeds)
             x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
+            last = micro == args.gradient_accumulation_steps - 1
             for module in (net, judge):
-                training.exchange_gradients(module, micro == args.gradient_accumulation_steps - 1)
+                training.exchange_gradients(module, last)
             with run.autocast():
                 if perceptual:
                     z_in = kernels.noise_augment(x_lr, task.sigma_p, data.image_seeds(args.seed + 1, n).to(run.device))
                     losses, seen, there = perceptual_losses(net, teacher, critic, x_1, x_in, z_in, args.look_min + (1 - args.look_min) * t, t)
                     losses = torch.cat([losses, critic_loss(judge, seen, there)[None]])
+                elif args.in_turn:
+                    losses = backward_in_turn(net, teacher, x_in, *make_times(t, args), args, last)
                 else:
-                    t, s = make_times(t, args)
-                    losses = distillation_losses(net, teacher, x_in, t, s, args.solver, args.objective)
-                ((losses * lambdas).sum() / args.gradient_accumulation_steps).backward()
+                    losses = distillation_losses(net, teacher, x_in, *make_times(t, args), args.solver, args.objective, args.align_grad)
+                if not args.in_turn:
+                    ((losses * lambdas).sum() / args.gradient_accumulation_steps).backward()
             meter.sums[:-1] += losses.detach()
             meter.sums[-1] += 1
         norm = training.update(run, state)

@@ -33,10 +33,11 @@ from PIL import Image
 import data
 from console import InputError, atomic_write, in_range
 from degradations import H_T, H, degrade, to_float
+from folders import note, trained_on
 from kernels import noise_augment, to_uint8
 from metrics import METRICS, check_size, load_lpips, measure, pick_metrics, psnr_rgb
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
-from pictures import list_images, read_image, write_image
+from pictures import list_images, read_image, write_picture
 from sample import SOLVERS, auto_tile, check_tile, dial, restore, tile_size
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -106,21 +107,36 @@ def find_pairs(restored, truth):
     return [(stem, a[stem], b[stem]) for stem in a]
 
 
-def find_truth(task, data_dir, count):
+def find_truth(task, data_dir, count, networks, trained_too):
     """The true pictures: ({stem: path}, what they are in words).
 
-    Those that data.find_pictures finds marked for validation, else everything (find_data would keep nineteen in
-    twenty for training); of these `count`, spread evenly, or all (0). Raises InputError if there are none.
+    A folder's validation pictures, or, where none are marked, all of it; less those that one of the networks was trained
+    on, unless trained_too; of these `count`, spread evenly, or all (0). Raises InputError if none is left.
     """
-    folder, paths, val = data.find_pictures(task, data_dir)
-    chosen = data.spread(val or paths, count or len(paths))
-    return by_stem(chosen, folder), f"{len(chosen)} {'validation pictures' if val else 'pictures, none marked for validation,'} of {folder}"
+    split = data.find_split(task, data_dir)
+    paths = [split.folder / f for f in (split.val if split.marked else sorted(split.train + split.val))]
+    what = f"{'validation pictures' if split.marked else 'pictures, none marked for validation,'} of {split.folder}"
+    seen, alike = (set().union(*lists) for lists in zip(([], []), *(trained_on(paths, n.memory) for n in networks)))
+    if seen and trained_too:
+        what += f", {len(seen)} of them trained on,"
+    elif seen:
+        paths = [p for p in paths if p not in seen]
+        what += f" less {len(seen)} trained on"
+        if not paths:
+            raise InputError(f"all {len(seen)} pictures of {split.folder} were trained on by {' or '.join(n.name for n in networks)}: "
+                             "name others, or measure them all the same with --trained_too")
+    if alike := alike & set(paths):
+        note(f"{len(alike)} pictures, as {min(alike)}, have the names of pictures that were trained on but are other files: if they show the same, "
+             "what follows is no measure of pictures never seen")
+    chosen = data.spread(paths, count or len(paths))
+    return by_stem(chosen, split.folder), f"{len(chosen)} {what}"
 
 
 def load_truth(path, task):
-    """A true picture, (H, W, 3) uint8: the task's centre crop, or the whole picture less what exceeds a multiple of the scale."""
+    """A true picture, (H, W, 3) uint8: the task's centre crop, or the whole picture less what exceeds a multiple of the scale. Raises InputError if it is too small."""
     image = read_image(path)
     if task.crop == "center":
+        data.check_side(path, *image.shape[:2], task)
         image = np.asarray(data.center_crop(Image.fromarray(image), task.image_size))
     height, width = (n - n % task.scale for n in image.shape[:2])
     check_size(path, height, width, task.scale)
@@ -146,6 +162,7 @@ class Network:
     task: data.Task
     sha256: str  # of the file, its beginning
     step: int  # how long it was trained; None if the file does not say
+    memory: dict  # of the lists it was trained on (folders.remember); None if the file does not say
 
 
 @dataclass
@@ -173,14 +190,14 @@ def load_network(path, device, args):
         task = data.resolve_task(args, data.Task(**meta["task"]))
     else:
         raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
-    if not task.condition:
-        raise InputError(f"{path} is unconditional: its pictures have no true ones to be measured against")
+    if not task.condition and task.sigma_p == 1:
+        raise InputError(f"{path} draws pictures out of nothing: there are no true ones to measure them against")
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     name = f"{path.absolute().parent.name}_{path.stem}" if path.stem.startswith("ckpt") else path.stem
-    return Network(name, path, net, stage, task, digest.hexdigest()[:12], meta.get("step"))
+    return Network(name, path, net, stage, task, digest.hexdigest()[:12], meta.get("step"), meta.get("data"))
 
 
 def check_networks(networks, args):
@@ -250,7 +267,7 @@ def run_row(row, truth, task, seeds, out_dir, metrics, dtype, tile, tile_pad):
             if not x.isfinite().all():
                 raise InputError(f"{row.name} gave a value that is not finite for {stem} with seed {seed}")
             png = out_dir / row.name / f"seed{seed}" / f"{stem}.png"
-            write_image(png, to_uint8(x)[0].numpy())
+            write_picture(png, to_uint8(x)[0].numpy())
             records.append(dict(seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, task.scale, metrics)))
     if len(records) > 1:
         records[0]["seconds"] = None  # it warmed the machine up
@@ -316,6 +333,7 @@ def parse_args(argv):
     p.add_argument("--data_dir", help="folder of true pictures: its val/, else those of the task's list, else all (default: data/DATASET)")
     p.add_argument("--pairs", nargs=2, metavar=("RESTORED", "TRUE"), help="measure a folder of pictures against another instead")
     p.add_argument("--pictures", type=whole, default=0, help="measure this many pictures, spread evenly; 0: all")
+    p.add_argument("--trained_too", action="store_true", help="measure what a network was trained on, too, which is left out otherwise")
     p.add_argument("--seeds", type=positive, default=3, help="repeat with the seeds 0 to SEEDS - 1: x_0 is random")
     p.add_argument("--t", type=dial, help="where to set the dial (default: 0,0.25,0.5,0.75,1 for a student; 1, the whole path, for a flow)")
     p.add_argument("--solver", type=solvers, help=f"of a flow, one or several of {','.join(SOLVERS)} (default: midpoint)")
@@ -412,7 +430,7 @@ def main(argv=None):
     args.dataset = args.dataset or "photos"
     task = networks[0].task if networks else data.resolve_task(args)
     rows = plan_rows(networks, args)
-    sources, what = find_truth(task, args.data_dir, args.pictures)
+    sources, what = find_truth(task, args.data_dir, args.pictures, networks, args.trained_too)
     out_dir = Path(args.out_dir)
     for path in sources.values():
         load_truth(path, task)
@@ -437,7 +455,7 @@ def main(argv=None):
     truth = {}
     for stem in sorted(sources)[rank::world]:
         truth[stem] = out_dir / "hr" / f"{stem}.png"
-        write_image(truth[stem], load_truth(sources[stem], task))
+        write_picture(truth[stem], load_truth(sources[stem], task))
     results = []
     for row in rows:
         seeds = range(args.seeds) if row.network or task.sigma_n or task.degradation == "real" else [0]  # without noise, bicubic has no seed

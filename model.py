@@ -26,12 +26,14 @@ from kernels import conv3x3, group_norm_silu
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
 # attention: down-sampling factors at which there is attention (none at all if empty). groups, patch, precond: see UNet;
-# True stands for the sigmas of the task, which network_config fills in.
+# True stands for the sigmas of the task, which network_config fills in. dropout: the published configurations'.
 PRESETS = {
     "tiny": dict(channels=32, mults=(1, 2), blocks=1, patch=2, precond=True),  # for tests
     "photos": dict(channels=32, mults=(1, 3, 4), blocks=2, groups=4, patch=2, precond=True),
-    "ffhq": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(16,), out_channels=6),
-    "imagenet": dict(channels=256, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), out_channels=6),
+    "plain": dict(channels=32, mults=(1, 2), blocks=1, groups=4, patch=2),  # small, for any sigma_p from 0 to 1, and without x_lr
+    "ffhq": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(16,), out_channels=6, dropout=0.1),
+    "ffhq512": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(32,), out_channels=6, dropout=0.1),
+    "imagenet": dict(channels=256, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), out_channels=6, dropout=0.1),
 }
 
 
@@ -100,7 +102,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels, emb_dim, out_channels, groups, resample=None):
         super().__init__()
-        self.resample = resample
+        self.resample, self.dropout = resample, 0.0
         # The keys are the published names; what has no parameters (SiLU, dropout) has no entry.
         first = (UpConv if resample == "up" else Conv3x3)(channels, out_channels)
         self.in_layers = nn.ModuleDict({"0": NormSiLU(groups, channels), "2": first})
@@ -116,6 +118,8 @@ class ResBlock(nn.Module):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         h = self.in_layers["2"](h)
         h = self.out_layers["0"](h, self.emb_layers["1"](F.silu(emb)))
+        if self.dropout:
+            h = F.dropout(h, self.dropout, self.training)
         return self.skip_connection(x) + self.out_layers["3"](h)
 
 
@@ -161,16 +165,17 @@ class UNet(nn.Module):
     patch      p > 1: the work is done at 1/p of the width and height, on p^2 times the channels.
     precond    None, or {"sigma_p", "sigma_d"}: see `coefficients`.
     one_step   a distilled student, whose input is always x_0, whatever t.
+    dropout    share of the features that a residual block forgets while it is trained.
     condition  False: no x_lr among the inputs (channels 3 to 5 of x_in are not read).
     Raises ValueError for a size that is not a multiple of `multiple`.
     """
 
     def __init__(self, channels, mults, blocks, attention=(), head_channels=64, groups=32, patch=1, out_channels=3,
-                 condition=True, precond=None, one_step=False):
+                 condition=True, precond=None, one_step=False, dropout=0.0):
         super().__init__()
         self.config = dict(channels=channels, mults=list(mults), blocks=blocks, attention=list(attention),
                            head_channels=head_channels, groups=groups, patch=patch, out_channels=out_channels,
-                           condition=condition, precond=precond, one_step=one_step)
+                           condition=condition, precond=precond, one_step=one_step, dropout=dropout)
         self.patch, self.precond, self.one_step, self.condition = patch, precond, one_step, condition
         self.multiple = patch * 2 ** (len(mults) - 1)
         self.channels, emb = channels, 4 * channels
@@ -204,6 +209,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
         last = zeroed(Conv3x3(ch, out_channels * patch**2))
         self.out = nn.ModuleDict({"0": NormSiLU(groups, ch), "2": last})
+        for block in self.modules():
+            if isinstance(block, ResBlock):
+                block.dropout = dropout
 
     def encode(self, x, t):
         """The first half of F: x as raw's -> the embedding of t (B, E), and what each input block makes, a list of (B, C, h, w)."""
@@ -366,7 +374,7 @@ def load_model(path, device="cpu", model=None):
         checkpoint = load_checkpoint(path)
         if "ema" not in checkpoint:
             raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
-        meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model")}
+        meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model", "data")}
         state = checkpoint["ema"]["shadow_params"]
     if not meta or not meta.get("model"):
         if model is None:

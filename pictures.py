@@ -1,66 +1,865 @@
-"""Picture files in and out.
+"""Picture files in and out, and nothing of a picture harmed on the way.
 
-A picture is uint8 (H, W, 3), RGB, on its way between a file and the network.
+    picture = read_picture("photo.jpg")                  # .pixels (H, W, C) uint8 or uint16, upright, sRGB; EXIF, dpi, XMP kept
+    write_picture("larger.png", pixels, like=picture)    # in the format that the ending names, tagged sRGB, whole or not at all
+
+C is 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha); alpha is straight. The file's mode decides what a picture is,
+never its largest value. Pillow reads and writes the formats and their tags; imagecodecs and tifffile read what Pillow would
+round to 8 bits, and convert colours in 16: OpenCV, the other kept library that reads 16 bits, drops profiles and gray's alpha.
+No torch; what is heavy is imported where it is used.
 """
+import json
+import os
+import re
+import struct
+import tempfile
+import zlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 
-from console import InputError, atomic_write
+from console import InputError, atomic_path, refusals
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+MAX_PIXELS = 300_000_000  # telephones take pictures of 200 megapixels
+BAND = 4_000_000  # pixels that are converted or written at a time
+IN_MEMORY = 2**28  # bytes up to which a canvas that waits for its encoder is kept in memory; beyond, in a file
+
+EXTENSIONS = set(
+    ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .tif .tiff .bmp .dib .gif .avif .heic .heif .hif .jxl .jp2 .j2k .j2c .jpc .jpf .jpx "
+    ".ppm .pgm .pbm .pnm .tga .psd .qoi .ico .icns .pcx .sgi .dds".split())
+FOREIGN = {  # what a folder of pictures may hold, too, and nothing here reads
+    **dict.fromkeys(".cr2 .cr3 .nef .nrw .arw .dng .raf .orf .rw2 .pef .srw".split(), "a camera's raw file: develop it first, to a 16-bit TIFF say"),
+    **dict.fromkeys(".exr .hdr .pfm".split(), "pixels of an unknown range: save it with 8 or 16 bits"),
+    **dict.fromkeys(".svg .svgz .eps .pdf .ai".split(), "a drawing, not pixels: save it as PNG first"),
+    **dict.fromkeys(".xcf .kra .jxr .wdp".split(), "a format that is not read here: save it as PNG or TIFF first"),
+}
+LOSSLESS = {"PNG", "TIFF", "BMP", "DIB", "GIF", "PPM", "TGA", "PSD", "QOI", "ICO", "PCX", "SGI"}
+WRITERS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"), ".webp": "WEBP", ".avif": "AVIF",
+           **dict.fromkeys((".jp2", ".j2k", ".jpx"), "JPEG2000"), ".bmp": "BMP", ".gif": "GIF", ".tga": "TGA", ".ppm": "PPM", ".heic": "HEIF"}
+OPAQUE = {"JPEG", "PPM", "BMP", "GIF"}  # no alpha, or none that most programs see
+MOST_PIXELS = {"WEBP": 16383, "JPEG": 65500, "AVIF": 65535, "HEIF": 16384, "GIF": 65535, "TGA": 65535}  # a side
+KINDS = {".heic": "heif", ".heif": "heif", ".hif": "heif", ".jxl": "jxl"}  # endings that need a plug-in: the extra that brings it
+PLUGINS = {"heif": ("pillow_heif", "HEIC pictures need pillow-heif"), "jxl": ("pillow_jxl", "JPEG XL pictures need pillow-jxl-plugin")}
+
+# Tags of EXIF and TIFF
+ORIENTATION, EXIF_IFD, INTEROP_IFD, PROCESSING_SOFTWARE = 0x0112, 0x8769, 0xA005, 0x000B
+# What a TIFF says about its own bytes, and what has a place of its own in a Picture (resolution, XMP, ICC profile)
+STRUCTURE = {254, 255, 256, 257, 258, 259, 262, 263, 264, 265, 266, 273, 277, 278, 279, 280, 281, 282, 283, 284, 288, 289, 290, 291, 292, 293, 296, 301,
+             317, 320, 321, 322, 323, 324, 325, 330, 332, 336, 338, 339, 340, 341, 347, 512, 513, 514, 529, 530, 531, 532, 559, 700, 33723, 34377, 34675, 37724, 50341}
 
 
-def rgb_array(im):
-    """A PIL picture as RGB, uint8 (H, W, 3): EXIF rotation applied, alpha composited on white, 16 bits brought to 8. Raises InputError for floats."""
-    im = ImageOps.exif_transpose(im)
-    if im.mode.startswith("I;16") or im.mode == "I":
-        im = Image.fromarray(np.clip(np.round(np.asarray(im, np.float32) / 257), 0, 255).astype(np.uint8))
-    if im.mode == "F":
-        raise InputError("its pixels are floats of an unknown range: save it with 8 or 16 bits")
-    if im.has_transparency_data:
-        im = im.convert("RGBA")
-        im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-    return np.array(im.convert("RGB"))
+@dataclass
+class Picture:
+    pixels: np.ndarray  # (H, W, C) uint8 or uint16, sRGB, upright
+    format: str = ""  # Pillow's name of the file's format
+    exif: bytes = b""  # as in a file, without thumbnail
+    dpi: tuple | None = None
+    xmp: bytes = b""
+    lossless: bool = True
+    full_chroma: bool = True  # colour as fine as brightness (4:4:4)
+    notes: list = field(default_factory=list)  # what the user should know, a line each
+
+
+@dataclass(frozen=True)
+class Probe:
+    width: int  # upright
+    height: int
+    format: str
+    frames: int
+    deep: bool  # more than 8 bits
+
+
+# --- reading ---
+
+
+def probe(path, max_pixels=MAX_PIXELS):
+    """What a picture file says of itself, no pixel decoded: a Probe. Raises InputError if it is no picture, or larger than max_pixels."""
+    with _open(path, max_pixels) as (im, head):
+        width, height = im.size
+        if im.format != "TIFF" and im.getexif().get(ORIENTATION, 1) >= 5:  # Pillow gives the size of a TIFF upright
+            width, height = height, width
+        return Probe(width, height, im.format, getattr(im, "n_frames", 1), _depth(im, head) > 8)
+
+
+def read_picture(path, max_pixels=MAX_PIXELS, metadata=True):
+    """A picture file as a Picture: upright, in sRGB, 8 bits as uint8 and more as uint16. Raises InputError in one line that names the file.
+
+    metadata=False: the pixels alone, faster.
+    """
+    with _open(path, max_pixels) as (im, head):
+        frames = getattr(im, "n_frames", 1)
+        profile, orientation, depth = im.info.get("icc_profile"), im.getexif().get(ORIENTATION, 1), _depth(im, head)
+        picture = Picture(None, im.format, lossless=_lossless(im, head), full_chroma=_full_chroma(im, head))
+        if frames > 1:
+            what = {"TIFF": "pages", "MPO": "pictures"}.get(im.format, "frames")
+            picture.notes.append(f"the first of its {frames} {what} is taken")
+        if metadata:
+            picture.exif, picture.dpi, picture.xmp = _exif(im, picture.notes), _dpi(im), _xmp(im)
+        profile = profile or _profile_by_exif(im)
+        if depth > 8 or not im.mode:
+            pixels, space = _decode_deep(path, im, head, depth, picture.notes)
+        else:
+            pixels, space = _decode(im)
+            if im.format == "TIFF":
+                orientation = 1  # Pillow has turned it
+        picture.pixels = _upright(to_srgb(pixels, space, profile, picture.notes), orientation)
+        return picture
+
+
+def from_pil(im):
+    """A PIL picture of any mode as a Picture, upright and in sRGB, as it is from a file. Raises InputError for pixels of an unknown range."""
+    notes = []
+    exif = _exif(im, notes)
+    pixels, space = _decode(im)
+    pixels = to_srgb(pixels, space, im.info.get("icc_profile"), notes)
+    return Picture(_upright(pixels, im.getexif().get(ORIENTATION, 1)), im.format or "", exif, _dpi(im), _xmp(im), notes=notes)
 
 
 def read_image(path):
-    """A picture file as RGB, uint8 (H, W, 3). Raises InputError, in one line that names the file, if it cannot be read."""
+    """A picture file as RGB, uint8 (H, W, 3), to learn from or to measure: 16 bits rounded, transparency laid on white. Raises InputError."""
+    return rgb8(read_picture(path, metadata=False).pixels)
+
+
+def rgb8(pixels):
+    """(H, W, C) uint8 or uint16 as RGB, uint8 (H, W, 3): rounded to 8 bits, transparency laid on white."""
+    return _colour(_on_white(to_depth(pixels, np.uint8)), 3)
+
+
+@contextmanager
+def _open(path, max_pixels):
+    """(Pillow's picture, the file's first bytes), every failure an InputError that names the file."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is below, with the way to raise it
     try:
-        with Image.open(path) as im:
-            return rgb_array(im)
+        with open(path, "rb") as f:
+            head = f.read(65536)
+        _plug_in(_kind(head))
+        with _pillow(path, head) as im:
+            if im.width * im.height > max_pixels:
+                raise InputError(f"{path} would have {im.width} x {im.height} pixels, more than {max_pixels / 1e6:g} million: "
+                                 "if you trust it, raise --max_pixels (max_pixels in Python)")
+            yield im, head
     except FileNotFoundError:
         raise InputError(f"no picture at {path}") from None
+    except MemoryError:
+        raise
+    except InputError as e:
+        raise InputError(str(e) if str(path) in str(e) else f"{path} cannot be read as a picture: {e}") from None
     except Exception as e:  # Pillow raises whatever a broken file leads it to: struct.error, SyntaxError, ...
-        raise InputError(f"{path} cannot be read as a picture: {e}") from None
+        raise InputError(f"{path} cannot be read as a picture: {_why(path, e)}") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _pillow(path, head):
+    """Image.open, and for the TIFFs that Pillow does not know (16 bits with alpha, 12 bits) their tags in a picture's stead."""
+    try:
+        return Image.open(path)
+    except UnidentifiedImageError:
+        if head[:4] not in (b"II*\0", b"MM\0*"):
+            raise
+    tags = Image.Exif()
+    tags.load(Path(path).read_bytes())
+    width, height = (tags[256], tags[257])[:: -1 if tags.get(ORIENTATION, 1) >= 5 else 1]
+    info = dict(icc_profile=tags.get(34675), xmp=tags.get(700), dpi=(tags.get(282), tags.get(283)) if tags.get(296, 2) == 2 else None)
+    return nullcontext(SimpleNamespace(format="TIFF", mode="", width=width, height=height, size=(width, height), info=info, tag_v2=tags, getexif=lambda: tags))
+
+
+def _kind(head):
+    """What a file's first bytes say it is, where that needs a plug-in: "heif", "jxl" or None."""
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1") and b"avif" not in head[8:64]:
+        return "heif"
+    return "jxl" if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")) else None
+
+
+def _plug_in(kind):
+    """Have Pillow open that kind, or raise InputError with the command that makes it possible."""
+    if kind is None:
+        return
+    module, sentence = PLUGINS[kind]
+    try:
+        plugin = __import__(module)
+    except ImportError:
+        raise InputError(f"{sentence}: pip install 'oftsr[{kind}]'") from None
+    if kind == "heif":
+        plugin.register_heif_opener()
+
+
+def _why(path, error):
+    suffix = Path(path).suffix.lower()
+    if suffix in FOREIGN:
+        return FOREIGN[suffix]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if os.path.getsize(path) == 0:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return "its bytes are no picture, or of a format that is not known here"
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _depth(im, head):
+    """Bits of a sample as the file has them; Pillow's mode does not say, as it opens most of what is deeper as 8 bits."""
+    if im.format == "PNG":
+        return head[24]
+    if im.format == "TIFF":
+        bits = im.tag_v2.get(258, 1)
+        return max(bits) if isinstance(bits, tuple) else bits
+    if im.format == "JPEG2000" and (at := head.find(b"\xff\x4f\xff\x51")) >= 0:  # the SIZ marker
+        return (head[at + 42] & 127) + 1
+    if im.format == "PPM" and (found := _PNM.match(head)):
+        return int(found[4]).bit_length()
+    return 16 if im.mode.startswith("I") else 8
+
+
+_GAP = rb"(?:\s|#[^\n]*\n)+"
+_PNM = re.compile(rb"P([56])" + _GAP + rb"(\d+)" + _GAP + rb"(\d+)" + _GAP + rb"(\d+)\s")
+
+
+def _decode(im):
+    """A PIL picture's pixels, (H, W, C) uint8 or uint16, and their colour space: "gray", "rgb" or "cmyk"."""
+    if im.mode == "F":
+        raise InputError("its pixels are floats of an unknown range: save it with 8 or 16 bits")
+    if im.mode.startswith("I"):
+        pixels = np.asarray(im).astype(np.int64)
+        if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
+            raise InputError("its pixels are 32-bit numbers of an unknown range: save it with 8 or 16 bits")
+        return pixels.astype(np.uint16)[..., None], "gray"
+    if im.mode == "CMYK":
+        return np.array(im), "cmyk"
+    if im.mode == "LAB":
+        from PIL import ImageCms
+        im = ImageCms.profileToProfile(im, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    gray = im.mode in ("1", "L", "LA", "La")
+    mode = ("LA" if gray else "RGBA") if im.has_transparency_data or im.mode == "La" else "L" if gray else "RGB"
+    pixels = np.array(im if im.mode == mode else im.convert(mode))
+    return pixels.reshape(*pixels.shape[:2], -1), "gray" if gray else "rgb"
+
+
+def _decode_deep(path, im, head, depth, notes):
+    """As _decode, of a file with more than 8 bits a sample: (H, W, C) uint16 of full range."""
+    if im.format == "TIFF":
+        return _decode_tiff(path, notes)
+    if im.format in ("PNG", "JPEG2000"):
+        import imagecodecs
+        pixels = (imagecodecs.png_decode if im.format == "PNG" else imagecodecs.jpeg2k_decode)(Path(path).read_bytes())
+        largest = 2**depth - 1
+    elif im.format == "PPM":
+        found = _PNM.match(head)
+        shape, largest = (im.height, im.width, 3 if found[1] == b"6" else 1), int(found[4])
+        pixels = np.fromfile(path, ">u2", im.height * im.width * shape[2], offset=found.end()).reshape(shape)
+    else:
+        return _decode(im)
+    pixels = _full_range(pixels.reshape(im.height, im.width, -1), largest)
+    return pixels, "gray" if pixels.shape[2] < 3 else "rgb"
+
+
+def _decode_tiff(path, notes):
+    import tifffile
+    with tifffile.TiffFile(path) as tif:
+        page = tif.pages[0]
+        pixels = page.asarray()
+        if page.sampleformat != 1 or page.bitspersample > 16:
+            raise InputError("its pixels are floats, or numbers of an unknown range: save it with 8 or 16 bits")
+        if page.axes == "SYX":
+            pixels = np.moveaxis(pixels, 0, -1)
+        pixels = _full_range(pixels.reshape(*pixels.shape[:2], -1) if page.axes in ("YX", "YXS") else pixels, 2**page.bitspersample - 1)
+        name = page.photometric.name
+        if name not in ("MINISBLACK", "MINISWHITE", "RGB", "SEPARATED") or pixels.ndim != 3:
+            raise InputError(f"a 16-bit TIFF of the kind {name} is not read here: save it as RGB")
+        if name == "MINISWHITE":
+            pixels = ~pixels
+        space = {"RGB": "rgb", "SEPARATED": "cmyk"}.get(name, "gray")
+        colours = {"gray": 1, "rgb": 3, "cmyk": 4}[space]
+        kind = (page.extrasamples or (0,))[0]  # 1: premultiplied alpha, 2: straight alpha
+        alpha = pixels[..., colours : colours + 1] if kind in (1, 2) else None
+        if pixels.shape[2] > colours + (alpha is not None):
+            notes.append("its extra channels are left out")
+        pixels = pixels[..., :colours]
+        if kind == 1:
+            pixels = _divided(pixels, alpha)
+        return (pixels if alpha is None else np.concatenate([pixels, alpha], axis=-1)), space
+
+
+def _divided(pixels, alpha):
+    """Premultiplied colour (H, W, C) uint8 or uint16 as straight colour, alpha (H, W, 1)."""
+    largest = np.iinfo(pixels.dtype).max
+    return np.clip(np.rint(pixels / np.maximum(alpha, 1) * float(largest)), 0, largest).astype(pixels.dtype)
+
+
+def _full_range(pixels, largest):
+    """Whole numbers up to `largest` as uint8 where it is 255, else as uint16 up to 65535."""
+    if largest == 255:
+        return pixels.astype(np.uint8)
+    return pixels.astype(np.uint16) if largest == 65535 else np.rint(pixels * (65535 / largest)).astype(np.uint16)
+
+
+def _upright(pixels, orientation):
+    """EXIF's orientation, 1 to 8, undone."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    down, across = {2: (1, -1), 3: (-1, -1), 4: (-1, 1), 6: (1, -1), 7: (-1, -1), 8: (-1, 1)}.get(orientation, (1, 1))
+    return np.ascontiguousarray(pixels[::down, ::across])
+
+
+def _lossless(im, head):
+    if im.format == "WEBP":
+        return b"VP8L" in head[:64] or (head[12:16] == b"VP8X" and b"VP8L" in head)
+    return im.format in LOSSLESS and not (im.format == "TIFF" and im.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"))
+
+
+def _full_chroma(im, head):
+    if im.format in ("JPEG", "MPO"):
+        from PIL.JpegImagePlugin import get_sampling
+        return get_sampling(im) in (0, -1)
+    return _lossless(im, head)
+
+
+# --- colour ---
+
+
+@lru_cache(maxsize=None)
+def srgb_profile(space="rgb"):
+    """The ICC profile of sRGB, or of gray with sRGB's curve, the same bytes whenever it is made."""
+    if space == "gray":
+        import imagecodecs
+        x = np.linspace(0, 1, 1024)
+        curve = np.rint(65535 * np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)).astype(np.uint16)
+        profile = imagecodecs.cms_profile("gray", whitepoint=[0.3127, 0.3290, 1.0], transferfunction=curve)
+    else:
+        from PIL import ImageCms
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return profile[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + profile[36:]  # the date
+
+
+def to_srgb(pixels, space, profile, notes):
+    """Pixels (H, W, C) of colour space "gray", "rgb" or "cmyk" and an ICC profile (or None) as gray or RGB in sRGB; alpha, if there is, follows.
+
+    Relative colorimetric with black point compensation: a colour that sRGB holds stays, white is white, the nearest
+    is taken of others. A profile that says sRGB leaves the pixels as they are. What cannot be used adds a line to notes.
+    """
+    colours = {"gray": 1, "rgb": 3, "cmyk": 4}[space]
+    colour, alpha = pixels[..., :colours], pixels[..., colours:]
+    kind = profile[16:20].strip().lower().decode("ascii", "replace") if profile else None
+    if kind is not None and kind != space and not (kind == "rgb" and space == "gray"):
+        notes.append("its colour profile is for other colours than it has, and is not used")
+        kind = None
+    try:
+        if kind is not None:
+            colour = _through_profile(colour, space, kind, profile)
+    except Exception as e:  # imagecodecs' own classes
+        notes.append(f"its colour profile is broken and not used ({str(e).splitlines()[0] if str(e) else type(e).__name__})")
+        kind = None
+    if kind is None and space == "cmyk":
+        notes.append("CMYK without a usable profile: its colours are a guess")
+        largest = np.iinfo(colour.dtype).max
+        rest = largest - colour.astype(np.float32)
+        colour = np.rint(rest[..., :3] * rest[..., 3:] / largest).astype(colour.dtype)
+    return np.concatenate([colour, alpha], axis=-1) if alpha.shape[2] else colour
+
+
+def _through_profile(colour, space, kind, profile):
+    largest = np.iinfo(colour.dtype).max
+    if space == "gray":  # as many values as there are grays
+        ramp = np.arange(largest + 1, dtype=colour.dtype)[None, :, None]
+        values = _transform(ramp if kind == "gray" else ramp.repeat(3, -1), kind, profile)
+        return np.rint(values.mean(-1)).astype(colour.dtype)[0][colour]
+    if space == "rgb" and _is_srgb(profile):
+        return colour
+    out = np.empty((*colour.shape[:2], 3), colour.dtype)
+    rows = max(1, BAND // colour.shape[1])
+    for y in range(0, len(colour), rows):
+        out[y : y + rows] = _transform(colour[y : y + rows], space, profile)
+    return out
+
+
+def _transform(colour, space, profile):
+    import imagecodecs
+    flags = imagecodecs.CMS.FLAGS.BLACKPOINTCOMPENSATION
+    if colour.dtype == np.uint16:
+        flags |= imagecodecs.CMS.FLAGS.NOOPTIMIZE  # its table of 16-bit colours is off by up to 15 of 255
+    colour = np.ascontiguousarray(colour[..., 0] if space == "gray" else colour)
+    return imagecodecs.cms_transform(colour, profile, srgb_profile(), colorspace=space, outcolorspace="rgb",
+                                     intent=imagecodecs.CMS.INTENT.RELATIVE_COLORIMETRIC, flags=flags)
+
+
+@lru_cache(maxsize=64)
+def _is_srgb(profile):
+    """Whether a profile is sRGB under whatever name: it moves no colour by as much as a step of 255."""
+    steps = np.linspace(0, 65535, 9).astype(np.uint16)
+    chart = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+    return np.abs(_transform(chart, "rgb", profile).astype(int) - chart).max() < 257
+
+
+def _profile_by_exif(im):
+    """Cameras mark Adobe RGB by EXIF's interoperability index alone."""
+    exif = im.getexif()
+    if im.mode != "RGB" or INTEROP_IFD not in exif.get_ifd(EXIF_IFD) or exif.get_ifd(INTEROP_IFD).get(1) != "R03":
+        return None
+    import imagecodecs
+    return imagecodecs.cms_profile("rgb", whitepoint=[0.3127, 0.3290, 1.0], primaries=[0.64, 0.33, 1, 0.21, 0.71, 1, 0.15, 0.06, 1], gamma=563 / 256)
+
+
+# --- between a picture and the network ---
+
+
+def to_depth(pixels, dtype):
+    """uint8 or uint16 pixels as either: 255 and 65535 are the same white."""
+    if pixels.dtype == dtype:
+        return pixels
+    if dtype == np.uint16:
+        return pixels.astype(np.uint16) * np.uint16(257)
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def to_planes(colour):
+    """(H, W, 1 or 3) uint8 or uint16 as (3, H, W) float32 in [-1, 1]; gray three times."""
+    planes = colour.astype(np.float32) / np.float32(np.iinfo(colour.dtype).max / 2) - 1
+    return np.ascontiguousarray(np.broadcast_to(planes, (*planes.shape[:2], 3)).transpose(2, 0, 1))
+
+
+def from_planes(planes, channels, dtype):
+    """(3, H, W) float in [-1, 1], clamped, as (H, W, channels) uint8 or uint16; channels 1: the mean of the three."""
+    half = np.float32(np.iinfo(dtype).max / 2)
+    planes = planes.mean(0, keepdims=True) if channels == 1 else planes
+    return np.rint(np.clip(planes, -1, 1) * half + half).astype(dtype).transpose(1, 2, 0)
+
+
+def split_alpha(pixels):
+    """(H, W, C) as colour (H, W, 1 or 3) and alpha (H, W, 1), or None where there is none or nothing is transparent.
+
+    The colour of a pixel counts by its alpha: where nothing shows it is made from what shows nearby, so that no
+    restoring or resampling brings in what was hidden, and edges get no fringes.
+    """
+    colours = 3 if pixels.shape[2] >= 3 else 1
+    colour, alpha = pixels[..., :colours], pixels[..., colours:]
+    if not alpha.shape[2]:
+        return colour, None
+    largest = np.iinfo(pixels.dtype).max
+    if alpha.min(initial=largest) == largest or not alpha.any():
+        return colour, alpha
+    weight = alpha.astype(np.float32) / largest
+    filled = _spread(colour.astype(np.float32) * weight, weight)
+    return np.rint(np.clip(filled, 0, largest)).astype(pixels.dtype), alpha
+
+
+def _spread(premultiplied, weight):
+    """Colour everywhere from premultiplied colour (H, W, C) and weight (H, W, 1) in [0, 1]: each pixel's own share, the rest from a coarser level."""
+    H, W = weight.shape[:2]
+    if max(H, W) <= 1:
+        return premultiplied / np.maximum(weight, 1e-6)
+
+    def halved(x):
+        x = np.pad(x, ((0, H % 2), (0, W % 2), (0, 0)))
+        return x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]
+
+    w = halved(weight)
+    scale = 1 / np.maximum(w, 1)
+    coarse = _spread(halved(premultiplied) * scale, w * scale)
+    return premultiplied + (1 - weight) * _doubled(coarse)[:H, :W]
+
+
+def _doubled(x):
+    """(h, w, C) to (2h, 2w, C), linearly between pixel centres."""
+    for axis in (0, 1):
+        before = np.concatenate([x.take([0], axis), x], axis).take(range(x.shape[axis]), axis)
+        after = np.concatenate([x, x.take([-1], axis)], axis).take(range(1, x.shape[axis] + 1), axis)
+        x = np.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+    return x
+
+
+def resized(pixels, height, width, top=0, bottom=None, resample=Image.BICUBIC):
+    """Rows top to bottom of pixels (H, W, C) uint8 or uint16 resampled to (height, width), antialiased: the same rows whatever is asked with them.
+
+    For alpha, and for sizes that are not the network's; only the input's rows that these need are touched.
+    """
+    H, W = pixels.shape[:2]
+    bottom = height if bottom is None else bottom
+    scale, reach = H / height, 4 * max(1, H / height) + 2
+    first, last = max(0, int(top * scale - reach)), min(H, int(bottom * scale + reach) + 1)
+    box = (0, top * scale - first, W, bottom * scale - first)
+    largest = np.iinfo(pixels.dtype).max
+    planes = [np.asarray(Image.fromarray(np.asarray(pixels[first:last, :, c], np.float32)).resize((width, bottom - top), resample, box))
+              for c in range(pixels.shape[2])]
+    return np.rint(np.clip(np.stack(planes, axis=-1), 0, largest)).astype(pixels.dtype)
+
+
+def _on_white(pixels):
+    """Straight alpha laid on white, (H, W, C) to (H, W, 1 or 3)."""
+    colours = 3 if pixels.shape[2] >= 3 else 1
+    if pixels.shape[2] == colours:
+        return pixels
+    largest = np.iinfo(pixels.dtype).max
+    alpha = pixels[..., colours:].astype(np.float32) / largest
+    return np.rint(pixels[..., :colours] * alpha + largest * (1 - alpha)).astype(pixels.dtype)
+
+
+def _colour(pixels, colours):
+    """Gray (with alpha or not) as RGB (with alpha or not) where colours is 3."""
+    if colours == 3 and pixels.shape[2] < 3:
+        return np.concatenate([pixels[..., :1]] * 3 + [pixels[..., 1:]], axis=-1)
+    return pixels
+
+
+# --- metadata ---
+
+
+def _dpi(im):
+    try:
+        x, y = (float(v) for v in im.info["dpi"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (x, y) if 0 < x < 1e6 and 0 < y < 1e6 else None
+
+
+def _xmp(im):
+    xmp = im.info.get("xmp") or im.info.get("XML:com.adobe.xmp") or b""
+    return xmp.encode() if isinstance(xmp, str) else bytes(xmp)
+
+
+def _exif(im, notes):
+    """EXIF as bytes, without what a TIFF says of its own bytes and without the thumbnail, which would be of another picture."""
+    try:
+        source = im.getexif()
+        exif = Image.Exif()
+        for tag in set(source) - STRUCTURE:
+            value = source.get_ifd(tag) if tag in (EXIF_IFD, 0x8825) else source[tag]
+            if value not in ({}, None):
+                exif[tag] = dict(value) if isinstance(value, dict) else value
+        if EXIF_IFD in exif and INTEROP_IFD in exif[EXIF_IFD]:
+            exif[EXIF_IFD][INTEROP_IFD] = dict(source.get_ifd(INTEROP_IFD))
+        return exif.tobytes() if len(exif) else b""
+    except Exception as e:
+        notes.append(f"its EXIF is broken and left out ({(str(e) or type(e).__name__).splitlines()[0]})")
+        return b""
+
+
+def _mended_exif(exif, height, width, dpi, note):
+    """EXIF for a picture that is upright, in sRGB and of that size; note goes where its key tells of it."""
+    old, new = Image.Exif(), Image.Exif()
+    if exif:
+        old.load(exif)
+    for tag, value in old.items():
+        new[tag] = dict(old.get_ifd(tag)) if tag in (EXIF_IFD, 0x8825) else value
+    if ORIENTATION in new:
+        new[ORIENTATION] = 1
+    if EXIF_IFD in new:
+        inner = new[EXIF_IFD]
+        inner.update({0xA002: width, 0xA003: height, 0xA001: 1})  # 1: sRGB
+        inner.pop(INTEROP_IFD, None)  # R03 said Adobe RGB
+    if dpi and (len(new) or note):
+        new[282], new[283], new[296] = *dpi, 2
+    if note is not None:
+        new[PROCESSING_SOFTWARE] = _note_text(note)
+    return new
+
+
+def _note_text(note):
+    return "oftsr " + json.dumps(note)
+
+
+def _mended_xmp(xmp, height, width):
+    """XMP with the orientation and size of a picture that is upright and of that size."""
+    for key, value in ((b"tiff:Orientation", 1), (b"tiff:ImageWidth", width), (b"tiff:ImageLength", height),
+                       (b"exif:PixelXDimension", width), (b"exif:PixelYDimension", height), (b"exif:ColorSpace", 1)):
+        xmp = re.sub(rb"(\b" + key + rb"\s*(?:=\s*[\"']|>\s*))\d+", rb"\g<1>%d" % value, xmp)
+    return xmp
+
+
+def read_note(path):
+    """The note that write_picture left in a file, a dict, or None where there is none or no picture."""
+    try:
+        with _open(path, float("inf")) as (im, _):
+            text = im.info.get("oftsr") or str(im.getexif().get(PROCESSING_SOFTWARE, ""))
+            note = json.loads(text.removeprefix("oftsr "))
+            return note if isinstance(note, dict) else None
+    except ValueError:  # InputError, and json's
+        return None
+
+
+# --- writing ---
 
 
 def picture_format(path):
-    """The format that Pillow would write to a file of that ending, or None."""
-    name = Image.registered_extensions().get(Path(path).suffix.lower())
-    return name if name in Image.SAVE else None
+    """The format that would be written to a file of that ending, or None."""
+    return WRITERS.get(Path(path).suffix.lower())
 
 
 def check_fits(path, height, width):
     """Raises InputError if a picture of that size does not fit the format that path's ending names."""
-    most = {"WEBP": 16383, "JPEG": 65500}.get(picture_format(path), 2**31 - 1)
+    most = MOST_PIXELS.get(picture_format(path), 2**31 - 1)
     if max(height, width) > most:
         raise InputError(f"cannot write {path}: {width} x {height}, and {Path(path).suffix} has at most {most} pixels a side (use .png)")
 
 
-def write_image(path, array, **options):
-    """Write uint8 (H, W, 3) to path, in the format its ending names; whole or not at all. options go to Pillow. Raises InputError."""
-    image_format = picture_format(path)
-    if image_format is None:
+def losses(path, channels, dtype):
+    """What a file of that ending cannot hold of a picture of so many channels and that dtype: lines for the user, none where it holds all."""
+    name, ending = picture_format(path), Path(path).suffix
+    lines = []
+    if dtype == np.uint16 and name not in ("PNG", "TIFF"):
+        lines.append(f"{ending} holds 8 bits of its 16 (.png and .tif hold all)")
+    if channels in (2, 4) and name in OPAQUE:
+        lines.append(f"{ending} has no transparency: laid on white (.png and .webp have it)")
+    if name == "GIF":
+        lines.append(".gif holds 256 colours (.png holds all)")
+    return lines
+
+
+def write_picture(path, pixels, like=None, quality=95, metadata=True, note=None):
+    """Write (H, W, C) or (H, W) uint8 or uint16 to path, in the format that its ending names; whole or not at all.
+
+    like: the Picture that it was made from, whose EXIF, dpi and XMP go with it (metadata=False: none do) and whose kind
+    decides on 4:4:4 and lossless; quality 1 to 100, of lossy formats; note: a dict, kept in the file (read_note).
+    16 bits stay in PNG and TIFF and are rounded elsewhere. pixels may be an np.memmap: it is read band by band. Raises InputError.
+    """
+    pixels = np.asanyarray(pixels)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.dtype not in (np.uint8, np.uint16) or pixels.ndim != 3 or not 1 <= pixels.shape[2] <= 4:
+        raise InputError(f"cannot write {path}: pixels should be (H, W, 1 to 4) of uint8 or uint16, not {pixels.dtype} {pixels.shape}")
+    with open_writer(path, *pixels.shape, pixels.dtype, like, quality, metadata, note) as writer:
+        rows = max(1, BAND // max(1, pixels.shape[1]))
+        for y in range(0, len(pixels), rows):
+            writer.write(pixels[y : y + rows])
+
+
+@contextmanager
+def open_writer(path, height, width, channels, dtype=np.uint8, like=None, quality=95, metadata=True, note=None):
+    """A picture written from top to bottom: `with open_writer(...) as w: w.write(rows)`, rows (n, width, channels) of dtype, any n.
+
+    PNG and TIFF go straight to the file, in little memory; for others the canvas waits for its encoder, in a file if it is
+    large. The file appears when the block ends well; after an error, or with rows missing, there is none. See write_picture.
+    """
+    name = picture_format(path)
+    if name is None:
         raise InputError(f"cannot write {path}: the ending names no picture format (use .png, .jpg or .webp)")
-    check_fits(path, *array.shape[:2])
-    atomic_write(path, lambda tmp: Image.fromarray(array).save(tmp, format=image_format, **options))
+    check_fits(path, height, width)
+    if name == "HEIF":
+        _plug_in("heif")
+    like = like or Picture(None)
+    dpi = like.dpi if metadata else None
+    tags = dict(exif=_mended_exif(like.exif if metadata else b"", height, width, dpi, None if name == "PNG" else note), dpi=dpi,
+                xmp=_mended_xmp(like.xmp if metadata else b"", height, width), note=note)
+    kind = {"PNG": _PNG, "TIFF": _TIFF}.get(name, _Canvas)
+    with atomic_path(path) as tmp:
+        with refusals(path):
+            file = open(tmp, "wb")
+        with file:
+            with refusals(path):
+                writer = kind(path, file, (height, width, channels), np.dtype(dtype), tags)
+            yield writer
+            if writer.rows != height:
+                raise InputError(f"cannot write {path}: {writer.rows} of {height} rows were given")
+            with refusals(path):
+                writer.finish(name, quality, like)
+                file.flush()
+
+
+class _Writer:
+    """What the three kinds of writers share: `rows`, how many came; put(rows) is each kind's own."""
+
+    def __init__(self, path, file, shape, dtype, tags):
+        self.path, self.file, self.shape, self.dtype, self.tags, self.rows = path, file, shape, dtype, tags, 0
+        self.start()
+
+    def write(self, rows):
+        """The next rows, (n, width, channels) of the writer's dtype."""
+        if rows.shape[1:] != self.shape[1:] or rows.dtype != self.dtype or self.rows + len(rows) > self.shape[0]:
+            raise ValueError(f"rows should be (n, {self.shape[1]}, {self.shape[2]}) {self.dtype}, {self.shape[0] - self.rows} at most, not {rows.shape} {rows.dtype}")
+        self.rows += len(rows)
+        if len(rows):
+            with refusals(self.path):
+                self.put(np.ascontiguousarray(rows))
+
+
+class _PNG(_Writer):
+    """PNG, row by row: each filtered by what makes it small, then compressed."""
+
+    def start(self):
+        H, W, C = self.shape
+        self.file.write(b"\x89PNG\r\n\x1a\n")
+        self.chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8 * self.dtype.itemsize, {1: 0, 2: 4, 3: 2, 4: 6}[C], 0, 0, 0))
+        if C >= 3:
+            self.chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(srgb_profile(), 9))
+        else:
+            self.chunk(b"sRGB", b"\1")  # relative colorimetric; a profile for gray is more than most programs understand
+        exif, dpi = self.tags["exif"], self.tags["dpi"]
+        if len(exif):
+            self.chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+        if dpi:
+            self.chunk(b"pHYs", struct.pack(">IIB", *(round(x / 0.0254) for x in dpi), 1))
+        if self.tags["xmp"]:
+            self.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + self.tags["xmp"])
+        if self.tags["note"] is not None:
+            self.chunk(b"tEXt", b"oftsr\0" + json.dumps(self.tags["note"]).encode())
+        self.above, self.deflate = np.zeros(W * C * self.dtype.itemsize, np.uint8), zlib.compressobj(5, strategy=zlib.Z_FILTERED)
+
+    def chunk(self, name, data):
+        self.file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(name))))
+
+    def put(self, rows):
+        raw = rows.astype(rows.dtype.newbyteorder(">"), copy=False).view(np.uint8).reshape(len(rows), -1)
+        lines = png_filtered(raw, self.above, self.shape[2] * self.dtype.itemsize)
+        self.above = raw[-1].copy()
+        if data := self.deflate.compress(lines):
+            self.chunk(b"IDAT", data)
+
+    def finish(self, *_):
+        self.chunk(b"IDAT", self.deflate.flush())
+        self.chunk(b"IEND", b"")
+
+
+def png_filtered(raw, above, bpp):
+    """Rows of bytes (n, W) as PNG's filters leave them, (n, 1 + W): of Sub, Up, Average and Paeth the one with the smallest residues, row by row.
+
+    above: the row before the first (W,); bpp: bytes of a pixel.
+    """
+    b = np.vstack([above[None], raw[:-1]])  # above, a: at the left, c: above that
+    a, c = (np.pad(x, ((0, 0), (bpp, 0)))[:, : raw.shape[1]] for x in (raw, b))
+    to_a, to_b = np.abs(b.astype(np.int16) - c), np.abs(a.astype(np.int16) - c)
+    to_c = np.abs(a.astype(np.int16) + b - c - c)
+    paeth = np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c))
+    average = ((a.astype(np.uint16) + b) >> 1).astype(np.uint8)
+    best, size = None, None
+    for number, guess in ((1, a), (2, b), (3, average), (4, paeth)):
+        line = np.empty((len(raw), raw.shape[1] + 1), np.uint8)
+        line[:, 0], line[:, 1:] = number, raw - guess
+        cost = np.abs(line[:, 1:].view(np.int8).astype(np.int16)).sum(1, dtype=np.int64)
+        if best is None:
+            best, size = line, cost
+        else:
+            better = cost < size
+            best[better], size[better] = line[better], cost[better]
+    return best
+
+
+class _TIFF(_Writer):
+    """TIFF in compressed strips; its directory, which Pillow writes, follows them: tifffile, which reads here, writes no EXIF and no bands."""
+
+    def start(self):
+        self.strip = max(1, min(self.shape[0], 2**18 // (self.shape[1] * self.shape[2] * self.dtype.itemsize)))  # rows: 256 KB
+        self.waiting, self.offsets, self.counts = [], [], []
+        self.file.write(b"II*\0\0\0\0\0")
+
+    def put(self, rows):
+        self.waiting.append(rows)
+        if sum(map(len, self.waiting)) >= self.strip:
+            rows = np.concatenate(self.waiting)
+            whole = len(rows) // self.strip * self.strip
+            for y in range(0, whole, self.strip):
+                self.put_strip(rows[y : y + self.strip])
+            self.waiting = [rows[whole:].copy()]
+
+    def put_strip(self, rows):
+        if not len(rows):
+            return
+        rows = np.concatenate([rows[:, :1], np.diff(rows, axis=1)], axis=1)  # predictor 2
+        data = zlib.compress(rows.astype(rows.dtype.newbyteorder("<"), copy=False).tobytes(), 6)
+        self.offsets.append(self.file.tell())
+        self.counts.append(len(data))
+        if self.offsets[-1] + len(data) > 2**32 - 2**20:
+            raise InputError(f"cannot write {self.path}: a TIFF has at most 4 GB (use .png)")
+        self.file.write(data)
+
+    def finish(self, *_):
+        from PIL.TiffImagePlugin import ImageFileDirectory_v2
+        for rows in self.waiting:
+            self.put_strip(rows)
+        H, W, C = self.shape
+        ifd = ImageFileDirectory_v2()
+        for tag, value in self.tags["exif"].items():
+            ifd[tag] = value
+        x, y = self.tags["dpi"] or (1, 1)
+        ifd.tagtype.update({273: 4, 279: 4, 700: 1, 34675: 7})  # types that the values do not tell
+        ifd.update({256: W, 257: H, 258: (8 * self.dtype.itemsize,) * C, 259: 8, 262: 2 if C >= 3 else 1, 273: (0,) * len(self.offsets), 277: C, 278: self.strip,
+                    279: tuple(self.counts), 282: x, 283: y, 284: 1, 296: 2 if self.tags["dpi"] else 1, 317: 2,
+                    34675: srgb_profile("rgb" if C >= 3 else "gray")})
+        if C in (2, 4):
+            ifd[338] = 2  # straight alpha
+        if self.tags["xmp"]:
+            ifd[700] = self.tags["xmp"]
+        self.file.write(b"\0" * (self.file.tell() % 2))
+        at = self.file.tell()
+        directory = bytearray(ifd.tobytes(at))
+        # Pillow counts the strips' places from the directory's end: it expects them to follow. Ours are written here.
+        entry = next(i for i in range(2, len(directory), 12) if directory[i : i + 2] == struct.pack("<H", 273))
+        place = entry + 8 if len(self.offsets) == 1 else struct.unpack_from("<I", directory, entry + 8)[0] - at
+        struct.pack_into(f"<{len(self.offsets)}I", directory, place, *self.offsets)
+        self.file.write(directory)
+        self.file.seek(4)
+        self.file.write(struct.pack("<I", at))
+
+
+class _Canvas(_Writer):
+    """What Pillow encodes, in one piece: the rows wait in memory, or in a file where they are many."""
+
+    def start(self):
+        H, W, C = self.shape
+        if picture_format(self.path) in OPAQUE:
+            C -= C in (2, 4)
+        if H * W * C <= IN_MEMORY:
+            self.canvas = np.empty((H, W, C), np.uint8)
+        else:
+            self.canvas = np.memmap(tempfile.TemporaryFile(dir=Path(self.path).parent), np.uint8, "w+", shape=(H, W, C))
+
+    def put(self, rows):
+        rows = to_depth(rows, np.uint8)
+        self.canvas[self.rows - len(rows) : self.rows] = rows if rows.shape[2] == self.canvas.shape[2] else _on_white(rows)
+
+    def finish(self, name, quality, like):
+        exif, xmp, dpi, note = (self.tags[key] for key in ("exif", "xmp", "dpi", "note"))
+        gray = self.canvas.shape[2] < 3
+        if gray and name in ("WEBP", "AVIF", "HEIF"):
+            self.canvas, gray = _colour(self.canvas, 3), False
+        options = dict(dpi=dpi) if dpi else {}
+        if name in ("JPEG", "WEBP", "AVIF", "HEIF"):
+            data = exif.tobytes() if len(exif) else b""
+            if name == "JPEG" and len(data) > 65533:
+                exif[EXIF_IFD].pop(0x927C, None)  # the maker's note: JPEG has 64 KB for all
+                data = exif.tobytes()
+            options.update(exif=data, quality=quality, icc_profile=srgb_profile("gray" if gray else "rgb"), **({"xmp": xmp} if xmp else {}))
+        full = like.full_chroma or quality >= 98
+        if name == "JPEG" and not gray:
+            options["subsampling"] = "4:4:4" if full else "4:2:0"
+        if name in ("AVIF", "HEIF") and full:
+            options["subsampling" if name == "AVIF" else "chroma"] = "4:4:4" if name == "AVIF" else 444
+        if name == "WEBP":
+            options.update(lossless=like.lossless or quality == 100, exact=True)
+        im = Image.fromarray(self.canvas[..., 0] if self.canvas.shape[2] == 1 else self.canvas)
+        im.save(self.file, format=name, **options)
+
+
+# --- folders ---
 
 
 def is_picture(path):
     """Whether path is a file that looks like a picture by its name, and not one of the system's hidden ones."""
-    return path.suffix.lower() in EXTENSIONS and path.is_file() and not path.name.startswith(".")
+    path = Path(path)
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+
+
+def scan(folder, recursive=True):
+    """The pictures in a folder (and below it), sorted, and what it holds that cannot be read: ([Path], [(Path, reason)]).
+
+    Hidden files and folders are left out; a folder that links lead to is looked through once.
+    """
+    pictures, problems, seen = [], [], set()
+
+    def unreadable(error):
+        problems.append((Path(error.filename), error.strerror))
+
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(here, f)) not in seen) if recursive else []
+        for path in (Path(here, f) for f in files if not f.startswith(".")):
+            if is_picture(path):
+                pictures.append(path)
+            elif reason := FOREIGN.get(path.suffix.lower()):
+                problems.append((path, reason))
+    return sorted(pictures), sorted(problems)
 
 
 def list_images(folder):
@@ -68,7 +867,7 @@ def list_images(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder {folder}")
-    paths = sorted(p for p in folder.rglob("*") if is_picture(p))
+    paths, _ = scan(folder)
     if not paths:
         raise InputError(f"no pictures in {folder} (looked for {' '.join(sorted(EXTENSIONS))})")
     return paths

@@ -12,7 +12,6 @@ From Python: `from sample import upscale; big = upscale(image, t=0.5)`.
 import argparse
 import functools
 import glob
-import json
 import math
 import os
 import sys
@@ -28,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import data
 from console import InputError, in_range
@@ -36,7 +35,7 @@ from degradations import H_T, to_float
 from kernels import dopri5_error, dopri5_stage_, euler_step_, extension_devices, noise_augment, rk2_stage_, to_uint8
 from kernels.reference import DOPRI5_C
 from model import PRESETS, keep_freed_memory, load_model, pick_device, pick_dtype
-from pictures import check_fits, is_picture, list_images, picture_format, read_image, rgb_array, write_image
+from pictures import check_fits, from_pil, is_picture, list_images, picture_format, read_image, rgb8, write_picture
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
 RK2_NODES = {"midpoint": 1 / 2, "ralston": 2 / 3, "heun": 1.0}
@@ -252,7 +251,7 @@ def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile=
     if t is not None and not 0 <= t <= 1:
         raise InputError(f"t goes from 0 (fidelity) to 1 (realism), not {t}")
     ts, solver = choose(stage, task, None if t is None else [t], solver, steps)
-    array = rgb_array(image) if isinstance(image, Image.Image) else np.array(image)
+    array = rgb8(from_pil(image).pixels) if isinstance(image, Image.Image) else np.array(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise InputError(f"an array should be uint8 (H, W, 3), not {array.dtype} {array.shape}")
     dtype = pick_dtype(dtype, pick_device(device))
@@ -367,13 +366,8 @@ def plan_outputs(pictures, args, ts):
 
 
 def save(path, array, args, note):
-    """Write one result; PNG carries `note` as text under the key oftsr."""
-    if path.suffix.lower() == ".png":
-        text = PngImagePlugin.PngInfo()
-        text.add_text("oftsr", json.dumps(note))
-        write_image(path, array, pnginfo=text)
-    else:
-        write_image(path, array, quality=args.quality)
+    """Write one result, and in it `note`."""
+    write_picture(path, array, quality=args.quality, note=note)
 
 
 def main(argv=None):
@@ -420,7 +414,7 @@ def main(argv=None):
             seconds = (time.time() - start) / max(1, len(todo))
             bigs = [np.asarray(Image.fromarray(big).resize(size[::-1], Image.LANCZOS)) if args.outscale else big for big, _ in results]
             if args.strip and len(todo) == len(ts):
-                write_image(outs[-1], np.hstack([np.asarray(Image.fromarray(array).resize(size[::-1], Image.NEAREST)), *bigs]))
+                write_picture(outs[-1], np.hstack([np.asarray(Image.fromarray(array).resize(size[::-1], Image.NEAREST)), *bigs]))
             for (t, out), (_, nfe), big in zip(todo, results, bigs, strict=True):
                 save(out, big, args, {**note, "t": t, **(dict(solver=solver, nfe=nfe) if solver else {})})
                 print(f"{path} {array.shape[1]}x{array.shape[0]} -> {out} {big.shape[1]}x{big.shape[0]}, "

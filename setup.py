@@ -39,10 +39,10 @@ setup(
     description="One-step flow for image super-resolution with tunable fidelity-realism trade-offs",
     license="MIT",
     python_requires=">=3.10",
-    py_modules=["console", "model", "pictures", "degradations", "data", "sample", "metrics", "evaluate", "training", "perceptual", "train_flow", "distill"],
+    py_modules=["console", "model", "pictures", "degradations", "folders", "data", "sample", "metrics", "evaluate", "training", "perceptual", "train_flow", "distill", "ablate", "claims"],
     packages=["kernels"],
     package_data={"kernels": ["csrc/*"]},
-    install_requires=["torch>=2.10", "numpy", "pillow>=10.1", "safetensors", "tqdm", "ninja", "lpips", "scipy"],
-    extras_require={"test": ["pytest", "matplotlib"], "plot": ["matplotlib"]},
+    install_requires=["torch>=2.10", "numpy", "pillow>=10.1", "tifffile", "imagecodecs", "safetensors", "tqdm", "ninja", "lpips", "scipy"],
+    extras_require={"test": ["pytest", "matplotlib"], "heif": ["pillow-heif"], "jxl": ["pillow-jxl-plugin"], "plot": ["matplotlib"]},
     **kernels(),
 )

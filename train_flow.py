@@ -25,7 +25,7 @@ from degradations import degrade
 from evaluate import validate
 from metrics import load_lpips
 from model import PRESETS, UNet, load_model, network_config
-from pictures import write_image
+from pictures import write_picture
 from sample import integrate, one_step
 
 
@@ -36,7 +36,7 @@ def parse_args(argv):
     p.add_argument("--t0_share", type=in_range(float, 0, 0.99), default=0, help="share of the pictures trained at t = 0 alone, where the most faithful picture comes from")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
     p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
-    training.add_training_flags(p, max_iters=100_000)
+    training.add_training_flags(p)
     return p.parse_args(argv)
 
 
@@ -52,13 +52,12 @@ def make_pair(x_1, seeds, t, task, args):
     return *kernels.flow_training_pair(x_1, degrade(x_1, task, seeds), t, task.sigma_p, seeds), t
 
 
-def start_network(args, task, train_paths):
-    """What a new run starts from, by --init_from: (arguments of UNet, its weights or None). Raises InputError if the file named does not fit."""
-    if args.init_from == "scratch":
+def start_network(args, task, train_paths, start, meta):
+    """What a new run starts from: (arguments of UNet, its weights or None). start and meta: what --init_from names, if a file. Raises InputError if it does not fit."""
+    if start is None:
         precond = PRESETS[task.model].get("precond")
         sigma_d = data.measure_sigma_d(train_paths, task, args.seed) if precond and train_paths else 1.0  # 1: a dry run without data
         return network_config(task.model, task.condition, task.sigma_p, sigma_d), None
-    start, meta = load_model(args.init_from, model=task.model)
     if meta["stage"] == "distill":
         raise InputError(f"{args.init_from} is a distilled student: stage 1 starts from scratch or from a flow")
     if start.precond and start.precond["sigma_p"] != task.sigma_p:
@@ -74,17 +73,13 @@ def main(argv=None):
     run = training.begin("flow", task, args, args.out_dir or f"out/{task.name}_flow")
 
     # --- data ---
-    try:
-        train_paths, val_paths = data.find_data(task, args.data_dir)
-    except InputError as e:
-        if not args.dry_run:
-            raise
-        train_paths, val_paths = [], []
-        run.say(str(e))
+    checkpoint = training.find_checkpoint(run)
+    named = args.init_from not in ("scratch", "resume") and not training.absent(args, args.init_from)
+    start, meta = load_model(args.init_from, model=task.model) if named else (None, None)
+    train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
 
     # --- model ---
-    checkpoint = training.find_checkpoint(run)
-    config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths)
+    config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths, start, meta)
     with torch.device("meta" if args.dry_run else "cpu"):
         model = UNet(**config)
     training.announce(run, model, train_paths, val_paths)
@@ -121,7 +116,7 @@ def main(argv=None):
                 state.ema.copy_to(ema_model)
                 state.scores, grid = validate(predict, val, task, lpips, run.device)
                 training.log(run, dict(step=state.step, **state.scores))
-                write_image(run.out_dir / f"val_{state.step:07d}.png", grid)
+                write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
             if run.master:
                 training.save(run, state)
                 if args.always_save_checkpoint:
@@ -131,7 +126,7 @@ def main(argv=None):
         if state.step >= args.max_iters or stop:
             break
 
-        training.set_learning_rate(run, state)
+        training.before_update(run, state)
         for micro in range(args.gradient_accumulation_steps):
             x_1, n, seeds, t = training.next_batch(run, batches)
             x_in, target, t = make_pair(x_1, seeds, t, task, args)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
+import folders
 from console import InputError, atomic_write, in_range
 from degradations import to_float
 from model import UNet, count_macs, keep_freed_memory, load_checkpoint, pick_device, pick_dtype, save_release
@@ -33,18 +34,18 @@ FREE = {"init_from", "max_iters", "out_dir", "data_dir", "eval_interval", "eval_
 # --- flags ---
 
 
-def add_training_flags(parser, max_iters):
-    """The flags that both stages share, in groups; max_iters is the paper's."""
+def add_training_flags(parser):
+    """The flags that both stages share, in groups. Those of data.RECIPES are None unless given: `fill_in`."""
     number, whole = in_range(float, 0), in_range(int, 0)
     g = parser.add_argument_group("training")
     g.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     g.add_argument("--seed", type=in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips, noise and initial weights")
-    g.add_argument("--batch_size", type=in_range(int, 1), default=32, help="pictures a step and process")
+    g.add_argument("--batch_size", type=in_range(int, 1), help="pictures a step and process (default: the task's batch, shared by the processes)")
     g.add_argument("--gradient_accumulation_steps", type=in_range(int, 1), default=1, help="batches summed before an update")
-    g.add_argument("--max_iters", type=in_range(int, 1), default=max_iters, help="updates in all")
+    g.add_argument("--max_iters", type=in_range(int, 1), help="updates in all (default: the task's)")
     g = parser.add_argument_group("optimizer")
     g.add_argument("--optimizer", choices=("adam", "muon"), default="adam", help="adam, the paper's; or muon for the convolutions, adam for the rest")
-    g.add_argument("--learning_rate", type=number, default=1e-4, help="after the warm-up")
+    g.add_argument("--learning_rate", type=number, help="after the warm-up (default: the task's)")
     g.add_argument("--warmup_iters", type=whole, default=1000, help="updates over which the learning rate rises")
     g.add_argument("--lr_decay", choices=("none", "linear", "cosine"), default="none", help="how it falls to 0 at max_iters")
     g.add_argument("--grad_clip", type=number, default=1.0, help="largest gradient norm; 0 disables")
@@ -64,6 +65,17 @@ def add_training_flags(parser, max_iters):
     g.add_argument("--dry_run", action="store_true", help="print settings, parameters and MACs, and stop")
 
 
+def fill_in(args, recipe, world):
+    """What the flags leave open, from a stage's entry in data.RECIPES: whatever `world` is, the global batch is the same. Raises InputError if they cannot share it."""
+    batch, max_iters, learning_rate = recipe
+    shares = world * args.gradient_accumulation_steps
+    if args.batch_size is None and batch % shares:
+        raise InputError(f"a batch of {batch} cannot be shared by {shares} (processes x --gradient_accumulation_steps): give --batch_size")
+    args.batch_size = args.batch_size or batch // shares
+    args.max_iters = args.max_iters or max_iters
+    args.learning_rate = learning_rate if args.learning_rate is None else args.learning_rate
+
+
 # --- processes and device ---
 
 
@@ -80,6 +92,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype  # of the network's arithmetic
     settings: dict  # what a checkpoint keeps of all this
+    memory: dict = None  # and of the lists of pictures: folders.remember's
 
     @property
     def master(self):
@@ -101,6 +114,7 @@ class Run:
 def begin(stage, task, args, out_dir):
     """The Run of this process: joins the others that torchrun started, takes its device, seeds what is drawn before the first batch."""
     rank, world, local_world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    fill_in(args, data.RECIPES[task.name][stage], world)
     keep_freed_memory()
     device = pick_device(args.device)
     if world > 1:
@@ -136,6 +150,11 @@ def exchange_gradients(module, now):
 # --- where a run starts ---
 
 
+def absent(args, path):
+    """Whether a dry run does without that file, which is not there (path may be None)."""
+    return args.dry_run and not (path and Path(path).is_file())
+
+
 def find_checkpoint(run):
     """The checkpoint that --init_from resume goes on from, None for a new run. Raises InputError if it is another run's, or would be overwritten."""
     path = run.out_dir / "ckpt.pt"
@@ -154,6 +173,27 @@ def find_checkpoint(run):
         if (before := checkpoint["args"].get(key)) != run.settings.get(key):
             raise InputError(f"{path} was trained with --{flag} {before}: to resume, give the same")
     return checkpoint
+
+
+def find_pictures(run, checkpoint, origins=()):
+    """The files for training and for validation: two lists of paths. Each picture keeps the part that it had when the run began.
+
+    origins: the metadata of what the run learns or starts from; what those were trained on is remembered with it, and what
+    they held out stays out. A dry run goes on without pictures, and says why.
+    """
+    before = [meta["data"] for meta in origins if meta and meta.get("data")]
+    memory = (checkpoint or {}).get("data") or {}
+    try:
+        split = data.find_split(run.task, run.args.data_dir, memory or (before[0] if before else None), quiet=not memory)
+        pictures = data.check_split(split, run.task)
+    except InputError as e:
+        if not run.args.dry_run:
+            raise
+        run.say(str(e))
+        return [], []
+    if run.master and not run.args.dry_run:
+        run.memory = {**folders.remember(split), "before": memory.get("before", before)}
+    return pictures
 
 
 def announce(run, model, train_paths, val_paths):
@@ -195,7 +235,7 @@ def save(run, state, name="ckpt.pt"):
         raise InputError(f"the weights are not finite at step {state.step}: lower --learning_rate; {run.out_dir}/ckpt.pt stays as it was")
     critic = dict(critic=state.critic.state_dict()) if state.critic else {}
     save_checkpoint(run.out_dir / name, dict(
-        stage=run.stage, task=asdict(run.task), model=state.model.config, step=state.step, scores=state.scores, args=run.settings,
+        stage=run.stage, task=asdict(run.task), model=state.model.config, step=state.step, scores=state.scores, args=run.settings, data=run.memory,
         params=state.model.state_dict(), ema=state.ema.state_dict(), optimizers=[o.state_dict() for o in state.optimizers], **critic))
 
 
@@ -220,7 +260,7 @@ def save_checkpoint(path, checkpoint):
 def release(run, state, ema_model):
     """Write weights.safetensors: the averaged weights to keep or to share."""
     state.ema.copy_to(ema_model)
-    save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores))
+    save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores, data=run.memory))
 
 
 # --- one step ---
@@ -249,8 +289,9 @@ def learning_rate(step, args):
     return args.learning_rate * {"none": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[args.lr_decay]
 
 
-def set_learning_rate(run, state):
-    """Give every optimizer the rate of the update to come."""
+def before_update(run, state):
+    """Give every optimizer the rate of the update to come, and seed what the network draws in it (dropout): a resumed run draws the same."""
+    torch.manual_seed(run.args.seed * 2**32 + state.step * run.world + run.rank)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state.step, run.args)

@@ -19,7 +19,7 @@ from console import InputError
 from degradations import degrade, to_float
 from kernels import to_uint8
 from model import UNet, network_config, save_release
-from pictures import read_image, write_image
+from pictures import read_image, write_picture
 from test_metrics import batch, smooth
 
 ROOT = Path(evaluate.__file__).parent
@@ -30,7 +30,7 @@ ROOT = Path(evaluate.__file__).parent
 
 def write(folder, **pictures):
     for name, x in pictures.items():
-        write_image(folder / name.replace("__", "/").replace("_png", ".png").replace("_bmp", ".bmp"), x)
+        write_picture(folder / name.replace("__", "/").replace("_png", ".png").replace("_bmp", ".bmp"), x)
     return folder
 
 

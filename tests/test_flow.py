@@ -1,4 +1,6 @@
 """The mathematics: closed forms of the solvers, the losses of both stages, tiles, and restoring any size."""
+import argparse
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from scipy.integrate import RK45
 import data
 import kernels
 import sample
-from distill import distillation_losses
+from distill import backward_in_turn, distillation_losses
 from perceptual import Critic, critic_loss, grid_error, mean_score, perceptual_losses
 from sample import SOLVERS, integrate, mean_slope, one_step, reflect_to, restore, tile_spans
 from test_model import tiny
@@ -179,6 +181,33 @@ def test_distillation_losses_and_gradients_are_the_papers(objective):
         grads.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
     assert torch.allclose(*values, rtol=1e-4)
     assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()
+
+
+@pytest.mark.parametrize("align_grad", [False, True])
+def test_the_evaluations_in_turn_are_those_in_one_batch(align_grad):
+    """Values, and the gradient of Eq. (12) in every parameter; with align_grad also against Eq. (10) differentiated as it is printed."""
+    t, x_in = torch.tensor([0.1, 0.7]), buffer(2, 16)
+    args = argparse.Namespace(solver="midpoint", align_grad=align_grad, lambda_align=5.0, lambda_bc=0.1, gradient_accumulation_steps=1)
+    values, grads = [], []
+    for how in ("batch", "turn", "printed"):
+        teacher, student = tiny().requires_grad_(False), tiny(one_step=True).requires_grad_(True)
+        if how == "turn":
+            losses = backward_in_turn(student, teacher, x_in, t, t + 0.05, args, exchange=True)
+        else:
+            losses = distillation_losses(student, teacher, x_in, t, t + 0.05, "midpoint", "oftsr", align_grad)
+            if how == "printed" and align_grad:
+                x_t = torch.cat([x_in[:, :3] + t.view(-1, 1, 1, 1) * student(x_in, t), x_in[:, 3:]], dim=1)
+                align = ((1 - t.view(-1, 1, 1, 1)) * (student(x_in, t) - teacher(x_t, t))).square().mean()
+                losses = torch.stack([losses[0], align, losses[2]])
+            (losses * torch.tensor([1, 5.0, 0.1])).sum().backward()
+        values.append(losses.detach())
+        grads.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+    for value, grad in zip(values[1:], grads[1:]):
+        assert torch.allclose(value, values[0], rtol=1e-4) and (grad - grads[0]).norm() < 1e-4 * grads[0].norm()
+    through = distillation_losses(student, teacher, x_in, t, t + 0.05, align_grad=True)[1]
+    constant = distillation_losses(student, teacher, x_in, t, t + 0.05)[1]
+    there, back = (torch.autograd.grad(loss, student.out["2"].weight, retain_graph=True)[0] for loss in (through, constant))
+    assert through.item() == pytest.approx(constant.item(), rel=1e-4) and (there - back).norm() > 1e-3 * back.norm()  # the same loss, another gradient
 
 
 def perceptual_example():

@@ -1,0 +1,125 @@
+"""REPRODUCE.md's commands: each is parsed, and what it resolves to is held against the paper's settings."""
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ablate
+import data
+import distill
+import evaluate
+import sample
+import train_flow
+import training
+from console import InputError
+from model import PRESETS, UNet
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train_flow.py": train_flow, "distill.py": distill, "evaluate.py": evaluate, "sample.py": sample, "ablate.py": ablate}
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", (ROOT / "REPRODUCE.md").read_text(), re.S) for line in block.replace("\\\n", " ").splitlines() if line]
+
+# From the paper: Sec. 4.1, Appendix E, Tables 7 to 9 and 13. div2k's rate is the published configuration's.
+# (sigma_p, sigma_n, H, scale, side, crop, loss, horizontal and vertical flips), then (batch, updates, rate) of stage 1 and of stage 2.
+PAPER = {
+    "ffhq": ((0.1, 0, "bicubic", 4, 256, "center", "l1", 0.5, 0.06), (32, 100_000, 1e-4), (32, 20_000, 1e-4)),
+    "ffhq_noisy": ((0.5, 0.05, "avgpool", 4, 256, "center", "l1", 0.5, 0.06), (32, 100_000, 1e-4), (32, 20_000, 1e-4)),
+    "div2k": ((0.2, 0, "bicubic", 4, 256, "random", "l1", 0.5, 0.06), (32, 100_000, 1e-5), (32, 20_000, 1e-5)),
+    "imagenet": ((0.2, 0, "bicubic", 4, 256, "center", "l1", 0.5, 0.06), (32, 100_000, 1e-4), (32, 50_000, 1e-4)),
+    "ffhq_x8": ((0.1, 0, "bicubic", 8, 256, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
+    "ffhq512_x4": ((0.1, 0, "bicubic", 4, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
+    "ffhq512_x8": ((0.1, 0, "bicubic", 8, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
+    "ffhq_uncond": ((1.0, 0, "bicubic", 4, 256, "center", "l2", 0, 0), (32, 100_000, 1e-4), None),
+}
+DISTILLATION = {"solver": "midpoint", "dt": 0.05, "lambda_align": 0.01, "lambda_bc": 0.1, "t_min": 0.01, "t_max": 0.99}
+
+
+def words(command):
+    """(module, flags, processes) of a command line."""
+    parts = shlex.split(command)
+    at = next(i for i, word in enumerate(parts) if word in SCRIPTS)
+    start = parts[:at]
+    assert start in (["python"], ["torchrun", "--nproc_per_node", "4"]), command
+    return SCRIPTS[parts[at]], parts[at + 1 :], 4 if start[0] == "torchrun" else 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_understood(command, tmp_path, monkeypatch):
+    """Parsed as its script parses it; a training's settings are the paper's, whatever its name, on four processes and on one."""
+    monkeypatch.chdir(tmp_path)
+    module, flags, world = words(command)
+    args = module.parse_args(flags)
+    if module not in (train_flow, distill):
+        return
+    task, stage = data.resolve_task(args), "flow" if module is train_flow else "distill"
+    expected, *stages = PAPER[args.dataset]
+    assert (task.sigma_p, task.sigma_n, task.degradation, task.scale, task.image_size, task.crop, task.loss, task.hflip, task.vflip) == expected
+    training.fill_in(args, data.RECIPES[task.name][stage], world)
+    assert (args.batch_size * world, args.max_iters, args.learning_rate) == stages[stage == "distill"]
+    assert (args.warmup_iters, args.ema, args.optimizer, args.lr_decay) == (1000, 0.9999, "adam", "none")
+    assert module is train_flow or {name: getattr(args, name) for name in DISTILLATION} == DISTILLATION
+
+
+def test_a_dry_run_needs_neither_data_nor_a_teacher(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    distill.main(["--dataset", "ffhq512_x4", "--teacher", "out/none/ckpt.pt", "--dry_run"])
+    said = capsys.readouterr().out
+    assert "no folder data/ffhq512_x4" in said and "93,567,366 parameters" in said and "max_iters=10000" in said and "global batch 16" in said
+    distill.main(["--loss", "perceptual", "--dataset", "div2k", "--init_from", "none.pt", "--dry_run"])
+    assert "learning_rate=1e-05" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="no checkpoint at out/none/ckpt.pt"):
+        distill.main(["--dataset", "ffhq512_x4", "--teacher", "out/none/ckpt.pt"])
+
+
+def test_the_global_batch_is_the_tasks_whatever_the_number_of_processes():
+    for world, accumulate, each in ((1, 1, 32), (4, 1, 8), (8, 2, 2)):
+        args = train_flow.parse_args(["--dataset", "ffhq", "--gradient_accumulation_steps", str(accumulate)])
+        training.fill_in(args, data.RECIPES["ffhq"]["flow"], world)
+        assert args.batch_size == each
+    args = train_flow.parse_args(["--dataset", "ffhq", "--batch_size", "5", "--max_iters", "7", "--learning_rate", "0"])
+    training.fill_in(args, data.RECIPES["ffhq"]["flow"], 3)
+    assert (args.batch_size, args.max_iters, args.learning_rate) == (5, 7, 0)
+    with pytest.raises(InputError, match="a batch of 32 cannot be shared by 3"):
+        training.fill_in(train_flow.parse_args(["--dataset", "ffhq"]), data.RECIPES["ffhq"]["flow"], 3)
+
+
+def test_the_rows_of_the_ablations_are_the_papers():
+    """Tables 7, 8 and 11: every row's flags parse, and say what the paper's row says; Table 8's batch is 8 over all processes."""
+    flow = {name: train_flow.parse_args(flags) for name, flags in ablate.TABLES["table7"][1].items()}
+    assert [a.sigma_p for a in flow.values()] == [0, 0.001, 0.01, 0.1, 0.2, 0.3, 0.5, 0.8, 1, 0.1, 0.1]
+    assert [a.condition for a in flow.values()][-2:] == [False, None] and [a.loss for a in flow.values()][-2:] == [None, "l2"]
+    assert [train_flow.parse_args(f).sigma_p for f in ablate.TABLES["table11"][1].values()] == [0, 0.1, 0.3, 0.5, 1]
+    student = [distill.parse_args(flags) for flags in ablate.TABLES["table8"][1].values()]
+    row = [(a.objective, a.solver, a.dt, a.lambda_align, a.lambda_bc, a.batch_size) for a in student]
+    assert row == [*(("oftsr", "euler", dt, 0, 0, 8) for dt in (0.001, 0.01, 0.02, 0.05, 0.1)), ("boot", "euler", 0.05, 0, 0, 8), ("pinn", "euler", 0.05, 0, 0, 8),
+                   ("oftsr", "euler", 0.05, 0, 0.1, 8), *(("oftsr", s, 0.05, 0.01, 0.1, 8) for s in ("euler", "heun", "ralston", "midpoint")),
+                   ("oftsr", "midpoint", 0.05, 0.01, 0.1, 32)]
+    args, rest = ablate.parse_args(["table8", "--dataset", "ffhq", "--nproc", "4", "--max_iters", "9"])
+    command = ablate.train_command(args, rest, "boot")
+    made = distill.parse_args(command[command.index(str(ROOT / "distill.py")) + 1 :])
+    assert (made.batch_size, made.max_iters, made.teacher) == (2, 9, "out/ffhq_flow/ckpt.pt") and "torch.distributed.run" in command
+    with pytest.raises(InputError, match="table7 has no row 'boot'"):
+        ablate.parse_args(["table7", "--rows", "boot"])
+
+
+def test_the_published_presets_forget_a_tenth_while_they_train():
+    """Dropout .1 in training alone, drawn anew each update, and after a resume as before it."""
+    assert all(PRESETS[name]["dropout"] == 0.1 for name in ("ffhq", "ffhq512", "imagenet")) and PRESETS["ffhq512"]["attention"] == (32,)
+    torch.manual_seed(0)
+    model = UNet(channels=32, mults=(1,), blocks=1, patch=2, dropout=0.1)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    x, t = torch.randn(1, 6, 16, 16), torch.tensor([0.5])
+    state = SimpleNamespace(optimizers=[], step=3)
+    run = SimpleNamespace(args=SimpleNamespace(seed=1), world=1, rank=0)
+
+    def draw(step):
+        state.step = step
+        training.before_update(run, state)
+        return model(x, t)
+
+    assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
+    model.eval()
+    assert torch.equal(draw(3), draw(4))
