@@ -30,6 +30,7 @@ import numpy as np
 import data
 import kernels
 import model
+from console import in_range
 from degradations import draw, real, uniforms
 from kernels import reference
 from pictures import read_image
@@ -111,8 +112,9 @@ def with_gradient(loss, wanted):
 # --- the cases: name, inputs, ours, reference of the same arguments, eager, bytes moved, multiplications ---
 
 
-def cases(device, dtype):
-    B, C, H, W = 32, 3, 256, 256
+def cases(device, dtype, size=256):
+    """size: of the pictures, 256 to measure; the maps of the norms and convolutions follow it."""
+    B, C, H, W = 32, 3, size, size
     unit = B * C * H * W * torch.empty((), dtype=dtype).element_size()  # bytes of one (B, 3, H, W)
     image = lambda batch=1, channels=1: torch.randn(B * batch, C * channels, H, W, device=device).to(dtype)
     times = lambda: torch.rand(B, device=device) * 0.5 + 0.01
@@ -135,7 +137,8 @@ def cases(device, dtype):
     yield case("distill_loss, with gradient", loss, lambda k, *a: with_gradient(k.distill_loss, 1)(*a), with_gradient(eager_distill_loss, 1), 15)
     yield case("to_uint8", lambda: (image(),), lambda k, x: k.to_uint8(x), eager_bytes, 1 + 1 / torch.empty((), dtype=dtype).element_size())
 
-    for shape in ((8, 32, 48, 48), (8, 128, 12, 12), (1, 32, 512, 512), (1, 128, 256, 256)):
+    for batch, channels, side in ((8, 32, 48), (8, 128, 12), (1, 32, 512), (1, 128, 256)):
+        shape = (batch, channels, side * size // 256, side * size // 256)
         unit = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
         for layout in (torch.channels_last, torch.contiguous_format):
             def make(shape=shape, layout=layout):
@@ -149,11 +152,13 @@ def cases(device, dtype):
                 yield case(name + ", gradient", make, lambda k, *a, norm=norm: with_gradient(lambda *b: norm(k, *b), 5)(*a), with_gradient(eager_norm, 5), 8)
 
     if device == "cpu" and dtype == torch.float32:
-        for B, C, H in ((1, 32, 512), (1, 96, 256), (1, 128, 128), (5, 96, 32)):
-            def make(B=B, C=C, H=H):
-                x, w = (torch.randn(shape).contiguous(memory_format=torch.channels_last) for shape in ((B, C, H, H), (C, C, 3, 3)))
+        for batch, channels, side in ((1, 32, 512), (1, 96, 256), (1, 128, 128), (5, 96, 32)):
+            shape = (batch, channels, side * size // 256, side * size // 256)
+            def make(shape=shape, C=channels):
+                x, w = (torch.randn(s).contiguous(memory_format=torch.channels_last) for s in (shape, (C, C, 3, 3)))
                 return x, w / (3 * math.sqrt(C)), torch.randn(C)
-            name, ours, right, moved, macs = f"conv {B}x{C}x{H}x{H}", kernels.conv3x3, reference.conv3x3, 8 * B * C * H * H, 36 / 16 * B * (C * H) ** 2
+            name, ours, right = f"conv {'x'.join(map(str, shape))}", kernels.conv3x3, reference.conv3x3
+            moved, macs = 8 * math.prod(shape), 36 / 16 * channels * math.prod(shape)
             yield name, make, ours, right, right, moved, macs
             yield name + ", gradient", make, with_gradient(ours, 3), with_gradient(right, 3), with_gradient(right, 3), 3 * moved, 3 * macs
 
@@ -207,14 +212,14 @@ def worst(ours, right):
     return max(((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item() for a, b in zip(tensors(ours), tensors(right), strict=True))
 
 
-def bench_kernels(device, dtype, only):
+def bench_kernels(device, dtype, only, size):
     if device not in kernels.extension_devices():
         raise SystemExit(f"there are no fused kernels for {device} tensors here: nothing to compare")
     torch._dynamo.config.recompile_limit = 64  # one function is compiled for every shape below
     # Sums are in another order than the reference's (PyTorch's channels_last GroupNorm alone errs by 1e-4), the convolution is
     # another algorithm; everything else is its very bits.
     tolerance = {torch.float32: 1e-3, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
-    todo = [(*c, torch.compile(c[4], dynamic=False)) for c in cases(device, dtype) if only in c[0]]
+    todo = [(*c, torch.compile(c[4], dynamic=False)) for c in cases(device, dtype, size) if only in c[0]]
     for name, make, ours, right, _, _, _, compiled in todo:
         args = make()
         compiled(*args)
@@ -225,7 +230,7 @@ def bench_kernels(device, dtype, only):
     model.keep_freed_memory()  # or the columns would time the system's new pages
     bandwidth, speed = copy_bandwidth(device), product_speed(device)
     what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{what}, torch {torch.__version__}, {str(dtype)[6:]}, images 32x3x256x256, copy {bandwidth / 1e6:.1f} GB/s, "
+    print(f"{what}, torch {torch.__version__}, {str(dtype)[6:]}, images 32x3x{size}x{size}, copy {bandwidth / 1e6:.1f} GB/s, "
           f"matrix product {2e-6 * speed:.0f} GFLOP/s\n")
     print(f"{'ms, min / median / max':34}{'ours':>24}{'eager':>26}{'compiled':>26}{'floor':>8}{'eager/':>8}{'compiled/':>10}{'floor/':>7}")
     for name, make, ours, _, eager, moved, macs, compiled in todo:
@@ -385,16 +390,16 @@ def bench_degradation(device, size, scale=4, count=64):
     print(f"{columns[1][1] / columns[0][1]:.2f}x")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("what", choices=["kernels", "model", "degradation"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in")
     parser.add_argument("--only", default="", help="kernels: those whose name contains this")
-    parser.add_argument("--size", type=int, help="height and width of the picture (default: model 256, degradation 128)")
-    args = parser.parse_args()
+    parser.add_argument("--size", type=in_range(int, 16), help="height and width of the pictures (default: 256; degradation: 128)")
+    args = parser.parse_args(argv)
     if args.what == "kernels":
-        bench_kernels(args.device, getattr(torch, args.dtype), args.only)
+        bench_kernels(args.device, getattr(torch, args.dtype), args.only, args.size or 256)
     elif args.what == "model":
         bench_model(args.device, args.size or 256)
     else:

@@ -28,7 +28,7 @@ from kernels import flow_training_pair, noise_augment, to_uint8
 from metrics import load_lpips, psnr_rgb
 from model import load_model
 from pictures import read_image
-from sample import integrate, one_step
+from flow import integrate, one_step
 
 SMALL = ["--batch_size", "16", "--image_size", "64", "--learning_rate", "1e-3", "--warmup_iters", "50", "--lr_decay", "linear", "--ema", "0.99",
          "--model", "plain", "--eval_pictures", "1", "--eval_interval", "1000000", "--device", "cpu"]

@@ -22,15 +22,16 @@ from tqdm import tqdm
 
 import data
 import kernels
+import teachers
 import training
 from console import InputError, in_range
 from degradations import degrade
 from evaluate import validate
+from flow import RK2_NODES, integrate, mean_slope, one_step
 from metrics import load_lpips
-from model import UNet, load_checkpoint, load_model, network_config
+from model import build, load_checkpoint, load_model, network_config
 from perceptual import Critic, add_perceptual_flags, critic_loss, perceptual_losses
 from pictures import write_picture
-from sample import RK2_NODES, integrate, mean_slope, one_step
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 
@@ -38,7 +39,8 @@ TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     data.add_task_flags(p)
-    p.add_argument("--teacher", help="stage-1 weights (default: the newest of this task under out/, else the shipped ones)")
+    p.add_argument("--teacher", help="stage-1 weights (default: the newest of this task under out/, else the shipped ones), or resshift:FILE, dit4sr:DIR, package.module:function")
+    teachers.add_teacher_flags(p)
     p.add_argument("--loss", dest="objective", choices=("oftsr", "boot", "pinn", "perceptual"), default="oftsr", help="Eq. (9), (16) or (15); or the truth as the flow sees it, for a finished student")
     p.add_argument("--dt", type=in_range(float, 1e-4, 1), default=0.05, help="time step s - t")
     p.add_argument("--solver", choices=("euler", *RK2_NODES), default="midpoint", help="of the teacher's step from t to s")
@@ -135,10 +137,13 @@ def pinn_error(v_t, v_s, v_step, t, s):
     return s / dt * (v_s - v_t) + v_t - v_step.detach()
 
 
-def make_times(t, args):
-    """The teacher's step: t (B,) in [0, 1) -> t uniform from t_min to t_max, and s = min(t + dt, 1); t is at least 0, s above it."""
+def make_times(t, args, t_last=1.0):
+    """The teacher's step: t (B,) in [0, 1) -> t uniform from t_min to t_max, and s = min(t + dt, 1); t is at least 0, s above it.
+
+    What would begin after t_last, the last time that the teacher was trained at, begins there, and is longer.
+    """
     t = args.t_min + (args.t_max - args.t_min) * t
-    return t.clamp(min=0), (t + args.dt).clamp(1e-3, 1)
+    return t.clamp(0, t_last), (t + args.dt).clamp(1e-3, 1)
 
 
 def newest(task_name, stage, optional=False):
@@ -171,12 +176,17 @@ def load_teacher(args, out_dir):
     one it gets the row's network without weights.
     """
     if args.init_from == "resume" and args.teacher is None:
-        args.teacher = load_checkpoint(out_dir / "ckpt.pt").get("args", {}).get("teacher")
+        before = load_checkpoint(out_dir / "ckpt.pt").get("args", {})
+        for key in ("teacher", "autoencoder", "chain", "lora", "guidance"):
+            setattr(args, key, before.get(key, getattr(args, key)))
     args.teacher = args.teacher or newest(args.dataset, "flow", args.dry_run)
+    if args.teacher and teachers.names_family(args.teacher):
+        teacher, meta = teachers.load_teacher(args.teacher, args)
+        return teacher, data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None), meta
     if training.absent(args, args.teacher):
         task = data.resolve_task(args)
         with torch.device("meta"):
-            return UNet(**network_config(task.model, task.condition, task.sigma_p, sigma_d=1.0)), task, dict(step=None)
+            return build(network_config(task.model, task.condition, task.sigma_p, sigma_d=1.0)), task, dict(step=None)
     teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
     if meta["stage"] == "distill":
         raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
@@ -191,15 +201,15 @@ def load_teacher(args, out_dir):
 
 
 def start_network(args, task, teacher):
-    """What a new run starts from, by --init_from: (arguments of UNet, its weights, its metadata). Raises InputError if the file named does not fit."""
+    """The student that a new run starts from, by --init_from, and the metadata of its file. Raises InputError if that does not fit."""
     start, meta = teacher, None
     if args.init_from != "teacher" and not training.absent(args, args.init_from):
         start, meta = load_model(args.init_from, model=task.model)
-        if {**start.config, "one_step": teacher.config["one_step"]} != teacher.config:
+        if {**start.config, "one_step": teacher.config.get("one_step")} != {**teacher.config, "one_step": teacher.config.get("one_step")}:
             raise InputError(f"{args.init_from} is not the teacher's network with the teacher's sigma_p: start from a student of {args.teacher}")
         if meta["task"] and meta["task"]["name"] != task.name:
             raise InputError(f"{args.init_from} was trained for {meta['task']['name']}, not {task.name}")
-    return {**start.config, "one_step": True}, start.state_dict(), meta
+    return start.student(), meta
 
 
 def main(argv=None):
@@ -207,6 +217,10 @@ def main(argv=None):
     perceptual = args.objective == "perceptual"
     out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
     teacher, task, teacher_meta = load_teacher(args, out_dir)
+    if args.solver == "heun" and teacher.t_last < 1:
+        raise InputError("heun asks at the step's end too, which this teacher was not trained at when that is 1: euler, midpoint or ralston")
+    if perceptual and not hasattr(teacher, "features"):
+        raise InputError("--loss perceptual looks through the encoder of a flow of this project's U-Net, which this teacher is not")
     if perceptual and not task.condition:
         raise InputError(f"--loss perceptual compares with the photograph behind x_lr, which a network of {task.name} does not see")
     args.init_from = args.init_from or (newest(args.dataset, "distill", args.dry_run) if perceptual else "teacher")
@@ -217,17 +231,13 @@ def main(argv=None):
 
     # --- data ---
     checkpoint = training.find_checkpoint(run)
-    config, weights, meta = (checkpoint["model"], None, None) if checkpoint else start_network(args, task, teacher)
+    model, meta = (build(checkpoint["model"]), None) if checkpoint else start_network(args, task, teacher)
     train_paths, val_paths = training.find_pictures(run, checkpoint, [teacher_meta, meta])
 
     # --- model ---
-    with torch.device("meta" if args.dry_run else "cpu"):
-        model = UNet(**config)
     training.announce(run, model, train_paths, val_paths)
     if args.dry_run:
         return
-    if weights:
-        model.load_state_dict(weights)
     teacher.to(run.device)
     model.to(run.device, memory_format=torch.channels_last)
     critic = Critic(teacher.feature_channels).to(run.device, memory_format=torch.channels_last) if perceptual else None
@@ -244,10 +254,11 @@ def main(argv=None):
     if run.master:
         training.rewind_log(run.out_dir / "log.jsonl", state.step)
 
-    def predict(x_in):  # with the averaged weights, along the dial; and the teacher in a few steps
+    def predict(x_lr, seeds):  # with the averaged weights, along the dial; and the teacher in a few steps
         with run.autocast():
-            return {**{f"t{t:g}": one_step(ema_model, x_in, t) for t in (0, 0.5, 1)},
-                    "teacher": integrate(teacher, x_in, "midpoint", args.eval_steps)[0]}
+            x_in = teacher.start(teacher.to_latents(x_lr), task.sigma_p, seeds)
+            found = {**{f"t{t:g}": one_step(ema_model, x_in, t) for t in (0, 0.5, 1)}, "teacher": integrate(teacher, x_in, "midpoint", args.eval_steps)[0]}
+            return {name: teacher.to_pixels(x) for name, x in found.items()}
 
     # --- the loop ---
     parts = {"looks": 1, "truth": args.lambda_truth, "line": args.lambda_truth, "grid": args.lambda_grid, "adv": args.lambda_adv, "critic": 1} if perceptual else \
@@ -278,7 +289,8 @@ def main(argv=None):
         for micro in range(args.gradient_accumulation_steps):
             x_1, n, seeds, t = training.next_batch(run, batches)
             x_lr = degrade(x_1, task, seeds)
-            x_in = kernels.noise_augment(x_lr, task.sigma_p, seeds)
+            with run.autocast():
+                x_in = teacher.start(teacher.to_latents(x_lr), task.sigma_p, seeds)
             last = micro == args.gradient_accumulation_steps - 1
             for module in (net, judge):
                 training.exchange_gradients(module, last)
@@ -288,9 +300,9 @@ def main(argv=None):
                     losses, seen, there = perceptual_losses(net, teacher, critic, x_1, x_in, z_in, args.look_min + (1 - args.look_min) * t, t)
                     losses = torch.cat([losses, critic_loss(judge, seen, there)[None]])
                 elif args.in_turn:
-                    losses = backward_in_turn(net, teacher, x_in, *make_times(t, args), args, last)
+                    losses = backward_in_turn(net, teacher, x_in, *make_times(t, args, teacher.t_last), args, last)
                 else:
-                    losses = distillation_losses(net, teacher, x_in, *make_times(t, args), args.solver, args.objective, args.align_grad)
+                    losses = distillation_losses(net, teacher, x_in, *make_times(t, args, teacher.t_last), args.solver, args.objective, args.align_grad)
                 if not args.in_turn:
                     ((losses * lambdas).sum() / args.gradient_accumulation_steps).backward()
             meter.sums[:-1] += losses.detach()

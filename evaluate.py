@@ -34,11 +34,12 @@ import data
 from console import InputError, atomic_write, in_range
 from degradations import H_T, H, degrade, to_float
 from folders import note, trained_on
-from kernels import noise_augment, to_uint8
+from kernels import to_uint8
 from metrics import METRICS, check_size, load_lpips, measure, pick_metrics, psnr_rgb
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
 from pictures import list_images, read_image, write_picture
-from sample import SOLVERS, auto_tile, check_tile, dial, restore, tile_size
+from sample import SOLVERS, dial, tile_size
+from tiles import check_tile, pick_tile, restore
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = (WEIGHTS / "photos_x4.safetensors", WEIGHTS / "photos_x4_flow.safetensors")
@@ -65,14 +66,14 @@ def summarise(records, seeds, count):
 def validate(predict, x_1, task, lpips, device):
     """A quick look during training: PSNR and LPIPS of what predict makes of x_1 (N, 3, S, S) uint8, and a picture of it.
 
-    predict: x_in = concat(x_0, x_lr) (1, 6, S, S), its own to change -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
+    predict: x_lr (1, 3, S, S) and seeds (1,) -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
     "lpips_NAME"}, with x_lr's own under "lr", and x_lr, the results and x_1 of the first four side by side, uint8 (H, W, 3).
     """
     scores, rows = {}, []
     for i, picture in enumerate(x_1):
         truth, seeds = to_float(picture[None]).to(device), torch.full((1,), i, device=device)
         x_lr = degrade(truth, task, seeds)
-        results = {"lr": x_lr, **predict(noise_augment(x_lr, task.sigma_p, seeds))}
+        results = {"lr": x_lr, **predict(x_lr, seeds)}
         shown = {name: to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
         for name, x in shown.items():
             scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
@@ -170,7 +171,7 @@ class Row:
     name: str  # on the terminal, and of its folder under out_dir
     network: Network = None  # None: bicubic
     curve: str = None  # of the plot
-    how: dict = None  # t, solver and steps: the arguments of sample.restore
+    how: dict = None  # t, solver and steps: the arguments of tiles.restore
 
 
 def load_network(path, device, args):
@@ -262,7 +263,7 @@ def run_row(row, truth, task, seeds, out_dir, metrics, dtype, tile, tile_pad):
             else:
                 start = time.perf_counter()
                 x, nfe = restore(row.network.net, x_lr, row.network.task.sigma_p, stream, dtype=dtype, tile_pad=tile_pad,
-                                 tile=auto_tile(*x_lr.shape[2:]) if tile == "auto" else tile, **row.how)
+                                 tile=pick_tile(tile, row.network.net, *x_lr.shape[2:], dtype, tile_pad), **row.how)
                 seconds = time.perf_counter() - start  # x is back on the CPU: the device has finished
             if not x.isfinite().all():
                 raise InputError(f"{row.name} gave a value that is not finite for {stem} with seed {seed}")

@@ -10,7 +10,9 @@ cannot know).
 
 Legend: x_1 HR image (t = 1), x_lr = H^T(H(x_1) + n), x_0 = noised x_lr (t = 0), x_t = (1-t) x_0 + t x_1.
 """
+import copy
 import ctypes
+import importlib
 import json
 import math
 import os
@@ -22,7 +24,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from console import InputError, atomic_write
-from kernels import conv3x3, group_norm_silu
+from kernels import conv3x3, group_norm_silu, noise_augment
+
+# The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
+# to add one. What a class has to say of itself is written in teachers.Teacher.
+FAMILIES = {"unet": "model:UNet", "resshift": "resshift:ResShift", "dit4sr": "dit4sr:DiT4SR"}
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
 # attention: down-sampling factors at which there is attention (none at all if empty). groups, patch, precond: see UNet;
@@ -34,11 +40,20 @@ PRESETS = {
     "ffhq": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(16,), out_channels=6, dropout=0.1),
     "ffhq512": dict(channels=128, mults=(1, 1, 2, 2, 4, 4), blocks=1, attention=(32,), out_channels=6, dropout=0.1),
     "imagenet": dict(channels=256, mults=(1, 1, 2, 2, 4, 4), blocks=2, attention=(8, 16, 32), out_channels=6, dropout=0.1),
+    # ResShift's backbone, trained as a flow: see resshift.SwinUNet
+    "resshift": dict(family="resshift", net=dict(image_size=64, channels=160, mults=(1, 2, 2, 4), blocks=2, attention=(64, 32, 16, 8),
+                                                 swin_depth=2, swin_channels=192, head_channels=32, window=8, mlp_ratio=4)),
+    "resshift_small": dict(family="resshift", net=dict(image_size=32, channels=32, mults=(1, 2), blocks=1, attention=(16,),
+                                                       swin_depth=2, swin_channels=32, head_channels=16, window=8, mlp_ratio=2)),
 }
 
 
 def network_config(preset, condition=True, sigma_p=None, sigma_d=None):
-    """The arguments of UNet for a preset; a preconditioned one wants sigma_p and sigma_d, both > 0."""
+    """The arguments of the network of a preset; a preconditioned one wants sigma_p and sigma_d, both > 0."""
+    if "family" in PRESETS[preset]:
+        if not condition:
+            raise InputError(f"the network {preset!r} sees x_lr: it has no unconditional form")
+        return dict(PRESETS[preset], sigma_p=sigma_p)
     config = dict(PRESETS[preset], condition=condition)
     if config.get("precond"):
         if not sigma_p or not condition:
@@ -47,6 +62,34 @@ def network_config(preset, condition=True, sigma_p=None, sigma_d=None):
             raise InputError("x_lr equals x_1 on all training pictures: there is nothing to restore (is --scale 1?)")
         config["precond"] = dict(sigma_p=sigma_p, sigma_d=sigma_d)
     return config
+
+
+def find_family(name):
+    """The class (or function) behind the name of a family. Raises InputError if there is none of that name.
+
+    A "package.module:function" of somebody's own is imported only if it was named on the command line or in
+    OFTSR_FAMILIES (names with commas between): a checkpoint alone does not get code to run.
+    """
+    trusted = [n for n in os.environ.get("OFTSR_FAMILIES", "").split(",") if n]
+    if name not in FAMILIES and name not in trusted:
+        raise InputError(f"the checkpoint holds a network of the family {name!r}, which is none of {', '.join(FAMILIES)}: if it is yours, "
+                         f"say OFTSR_FAMILIES={name}" if ":" in name else f"there is no family {name!r}: there are {', '.join(FAMILIES)}")
+    module, _, function = FAMILIES.get(name, name).partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as e:
+        raise InputError(f"cannot import {module}:{function}: {e}") from e
+
+
+def build(config):
+    """The network of a checkpoint's or preset's arguments: UNet, unless they say another "family"."""
+    config = dict(config)
+    name = config.pop("family", "unet")
+    if name in FAMILIES and FAMILIES[name] != name:
+        return find_family(name)(**config)
+    teacher = find_family(name)()  # somebody's own function: its teacher, or the student of that
+    teacher.config = {"family": name, **config}
+    return teacher.student() if config.get("one_step") else teacher
 
 
 def timestep_embedding(t, dim):
@@ -233,6 +276,26 @@ class UNet(nn.Module):
         h = self.out["2"](self.out["0"](h))
         return F.pixel_shuffle(h, self.patch) if self.patch > 1 else h
 
+    # What every family says of itself (see teachers.Teacher); this one works on pictures, and was trained at every t.
+    factor, t_last = 1, 1.0
+
+    def to_latents(self, x):
+        return x
+
+    def to_pixels(self, x):
+        return x
+
+    def start(self, x_lr, sigma_p, seeds):
+        """concat(x_0, x_lr), Eq. (4): x_lr (B, 3, H, W), seeds (B,) int64 -> (B, 6, H, W)."""
+        return noise_augment(x_lr, sigma_p, seeds)
+
+    def student(self):
+        """The network that distillation starts from: this one, told that its input is x_0."""
+        with torch.device(next(self.parameters()).device):
+            student = UNet(**{**self.config, "one_step": True})
+        student.load_state_dict(self.state_dict())
+        return student
+
     def coefficients(self, t):
         """c_skip, c_in, c_out of the preconditioned velocity, each (B, 1, 1, 1).
 
@@ -273,12 +336,12 @@ class UNet(nn.Module):
 
 
 def count_macs(model, height, width):
-    """Multiply-accumulates of convolutions, linear layers and attention for one picture of height x width, as run."""
+    """Multiply-accumulates of convolutions, linear layers and attention for one picture of height x width, as run; no autoencoder's."""
     from torch.utils.flop_counter import FlopCounterMode
-    with torch.device("meta"):
-        meta = UNet(**model.config)
+    meta = copy.deepcopy(model, {id(p): p.to("meta") for p in [*model.parameters(), *model.buffers()]})
+    channels = getattr(model, "latent_channels", 3)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta(torch.empty(1, 6, height, width, device="meta"), torch.empty(1, device="meta"))
+        meta(torch.empty(1, 2 * channels, height // model.factor, width // model.factor, device="meta"), torch.empty(1, device="meta"))
     return counter.get_total_flops() // 2
 
 
@@ -361,7 +424,7 @@ def _read_release(path):
 
 
 def load_model(path, device="cpu", model=None):
-    """The network in a file, in float32 and evaluation mode, with its metadata: (UNet, dict).
+    """The network in a file, in float32 and evaluation mode, with its metadata: (UNet or one of another family, dict).
 
     path is a training checkpoint (its EMA is taken), a .safetensors release, or a published OFTSR file
     (a list of EMA tensors in parameter order), for which `model` names the preset. Metadata holds at
@@ -382,10 +445,12 @@ def load_model(path, device="cpu", model=None):
         meta = {"model": PRESETS[model]}
     meta = {"stage": None, "task": None, "step": None, **meta}
     with torch.device("meta"):
-        net = UNet(**meta["model"])
+        net = build(meta["model"])
+    if isinstance(state, list):  # what was trained, in its order; what was not stands beside it
+        trained = [n for n, p in net.named_parameters() if p.requires_grad]
+        others = {} if len(trained) == len(net.state_dict()) else checkpoint.get("params", {})
+        state = {**others, **dict(zip(trained, state, strict=False))} if len(state) == len(trained) else {}
     names = list(net.state_dict())
-    if isinstance(state, list):
-        state = dict(zip(names, state, strict=False)) if len(state) == len(names) else {}
     wrong = [n for n, p in net.state_dict().items() if n not in state or state[n].shape != p.shape]
     if wrong or len(state) != len(names):
         raise InputError(f"{path} does not hold this network: {len(wrong)} of its {len(names)} parameters are missing or of another shape")

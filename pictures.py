@@ -81,7 +81,8 @@ def probe(path, max_pixels=MAX_PIXELS):
     """What a picture file says of itself, no pixel decoded: a Probe. Raises InputError if it is no picture, or larger than max_pixels."""
     with _open(path, max_pixels) as (im, head):
         width, height = im.size
-        if im.format != "TIFF" and im.getexif().get(ORIENTATION, 1) >= 5:  # Pillow gives the size of a TIFF upright
+        orientation = im.getexif().get(ORIENTATION, 1)
+        if (orientation >= 5) != (im.format == "TIFF" and im.tag_v2.get(ORIENTATION, 1) >= 5):  # of a TIFF Pillow gives the size upright
             width, height = height, width
         return Probe(width, height, im.format, getattr(im, "n_frames", 1), _depth(im, head) > 8)
 
@@ -98,8 +99,6 @@ def read_picture(path, max_pixels=MAX_PIXELS, metadata=True):
         if frames > 1:
             what = {"TIFF": "pages", "MPO": "pictures"}.get(im.format, "frames")
             picture.notes.append(f"the first of its {frames} {what} is taken")
-        if metadata:
-            picture.exif, picture.dpi, picture.xmp = _exif(im, picture.notes), _dpi(im), _xmp(im)
         profile = profile or _profile_by_exif(im)
         if depth > 8 or not im.mode:
             pixels, space = _decode_deep(path, im, head, depth, picture.notes)
@@ -107,6 +106,8 @@ def read_picture(path, max_pixels=MAX_PIXELS, metadata=True):
             pixels, space = _decode(im)
             if im.format == "TIFF":
                 orientation = 1  # Pillow has turned it
+        if metadata:  # some of it may follow the pixels
+            picture.exif, picture.dpi, picture.xmp = _exif(im, picture.notes), _dpi(im), _xmp(im)
         picture.pixels = _upright(to_srgb(pixels, space, profile, picture.notes), orientation)
         return picture
 
@@ -158,7 +159,10 @@ def _open(path, max_pixels):
 def _pillow(path, head):
     """Image.open, and for the TIFFs that Pillow does not know (16 bits with alpha, 12 bits) their tags in a picture's stead."""
     try:
-        return Image.open(path)
+        im = Image.open(path)
+        if im.format == "PNG" and not {"exif", "Raw profile type exif"} & set(im.info):
+            im.info["exif"] = _png_exif(path)  # which may follow the pixels: Pillow would decode them to get at it
+        return im
     except UnidentifiedImageError:
         if head[:4] not in (b"II*\0", b"MM\0*"):
             raise
@@ -167,6 +171,17 @@ def _pillow(path, head):
     width, height = (tags[256], tags[257])[:: -1 if tags.get(ORIENTATION, 1) >= 5 else 1]
     info = dict(icc_profile=tags.get(34675), xmp=tags.get(700), dpi=(tags.get(282), tags.get(283)) if tags.get(296, 2) == 2 else None)
     return nullcontext(SimpleNamespace(format="TIFF", mode="", width=width, height=height, size=(width, height), info=info, tag_v2=tags, getexif=lambda: tags))
+
+
+def _png_exif(path):
+    with open(path, "rb") as f:
+        f.seek(8)
+        while len(start := f.read(8)) == 8:
+            length, name = struct.unpack(">I4s", start)
+            if name == b"eXIf":
+                return f.read(length)
+            f.seek(length + 4, os.SEEK_CUR)
+    return b""
 
 
 def _kind(head):
@@ -365,9 +380,11 @@ def to_srgb(pixels, space, profile, notes):
 def _through_profile(colour, space, kind, profile):
     largest = np.iinfo(colour.dtype).max
     if space == "gray":  # as many values as there are grays
-        ramp = np.arange(largest + 1, dtype=colour.dtype)[None, :, None]
-        values = _transform(ramp if kind == "gray" else ramp.repeat(3, -1), kind, profile)
-        return np.rint(values.mean(-1)).astype(colour.dtype)[0][colour]
+        ramp = (np.arange(largest + 1) * (65535 // largest)).astype(np.uint16)[None, :, None]
+        values = np.rint(_transform(ramp if kind == "gray" else ramp.repeat(3, -1), kind, profile).mean(-1))
+        if np.abs(values - ramp[..., 0]).max() < 257:
+            return colour
+        return to_depth(values.astype(np.uint16), colour.dtype)[0][colour]
     if space == "rgb" and _is_srgb(profile):
         return colour
     out = np.empty((*colour.shape[:2], 3), colour.dtype)
@@ -389,7 +406,7 @@ def _transform(colour, space, profile):
 
 @lru_cache(maxsize=64)
 def _is_srgb(profile):
-    """Whether a profile is sRGB under whatever name: it moves no colour by as much as a step of 255."""
+    """Whether a profile is sRGB under whatever name: it moves no colour by as much as a step in 255."""
     steps = np.linspace(0, 65535, 9).astype(np.uint16)
     chart = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
     return np.abs(_transform(chart, "rgb", profile).astype(int) - chart).max() < 257
@@ -702,10 +719,12 @@ class _PNG(_Writer):
 
     def put(self, rows):
         raw = rows.astype(rows.dtype.newbyteorder(">"), copy=False).view(np.uint8).reshape(len(rows), -1)
-        lines = png_filtered(raw, self.above, self.shape[2] * self.dtype.itemsize)
-        self.above = raw[-1].copy()
-        if data := self.deflate.compress(lines):
-            self.chunk(b"IDAT", data)
+        n = max(1, 2**18 // raw.shape[1])  # rows at a time: what the filters compute stays in the processor's cache
+        for y in range(0, len(raw), n):
+            lines = png_filtered(raw[y : y + n], self.above, self.shape[2] * self.dtype.itemsize)
+            self.above = raw[y : y + n][-1].copy()
+            if data := self.deflate.compress(lines):
+                self.chunk(b"IDAT", data)
 
     def finish(self, *_):
         self.chunk(b"IDAT", self.deflate.flush())
@@ -820,7 +839,7 @@ class _Canvas(_Writer):
             if name == "JPEG" and len(data) > 65533:
                 exif[EXIF_IFD].pop(0x927C, None)  # the maker's note: JPEG has 64 KB for all
                 data = exif.tobytes()
-            options.update(exif=data, quality=quality, icc_profile=srgb_profile("gray" if gray else "rgb"), **({"xmp": xmp} if xmp else {}))
+            options.update(**({"exif": data} if data else {}), quality=quality, icc_profile=srgb_profile("gray" if gray else "rgb"), **({"xmp": xmp} if xmp else {}))
         full = like.full_chroma or quality >= 98
         if name == "JPEG" and not gray:
             options["subsampling"] = "4:4:4" if full else "4:2:0"

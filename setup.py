@@ -39,7 +39,7 @@ setup(
     description="One-step flow for image super-resolution with tunable fidelity-realism trade-offs",
     license="MIT",
     python_requires=">=3.10",
-    py_modules=["console", "model", "pictures", "degradations", "folders", "data", "sample", "metrics", "evaluate", "training", "perceptual", "train_flow", "distill", "ablate", "claims"],
+    py_modules=["console", "model", "pictures", "degradations", "folders", "data", "flow", "tiles", "batch", "sample", "metrics", "evaluate", "training", "perceptual", "train_flow", "distill", "resshift", "teachers", "ablate", "claims"],
     packages=["kernels"],
     package_data={"kernels": ["csrc/*"]},
     install_requires=["torch>=2.10", "numpy", "pillow>=10.1", "tifffile", "imagecodecs", "safetensors", "tqdm", "ninja", "lpips", "scipy"],

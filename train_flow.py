@@ -23,10 +23,10 @@ import training
 from console import InputError, in_range
 from degradations import degrade
 from evaluate import validate
+from flow import integrate, one_step
 from metrics import load_lpips
-from model import PRESETS, UNet, load_model, network_config
+from model import PRESETS, build, load_model, network_config
 from pictures import write_picture
-from sample import integrate, one_step
 
 
 def parse_args(argv):
@@ -46,10 +46,14 @@ def flow_loss(model, x_in, target, t, kind):
     return (error.abs() if kind == "l1" else error.square()).mean(dim=(1, 2, 3))
 
 
-def make_pair(x_1, seeds, t, task, args):
-    """What the network is given, and shown: x_1 (B, 3, S, S), seeds and t in [0, 1) (B,) -> x_in (B, 6, S, S), target (B, 3, S, S), t (B,)."""
+def make_pair(x_1, seeds, t, task, args, to_latents):
+    """What the network is given, and shown: x_1 (B, 3, S, S), seeds and t in [0, 1) (B,) -> x_in (B, 6, S, S), target (B, 3, S, S), t (B,).
+
+    In the network's space, smaller where it has an autoencoder: to_latents.
+    """
     t = ((t - args.t0_share) / (1 - args.t0_share)).clamp(min=0)
-    return *kernels.flow_training_pair(x_1, degrade(x_1, task, seeds), t, task.sigma_p, seeds), t
+    x_lr = degrade(x_1, task, seeds)
+    return *kernels.flow_training_pair(to_latents(x_1), to_latents(x_lr), t, task.sigma_p, seeds), t
 
 
 def start_network(args, task, train_paths, start, meta):
@@ -81,7 +85,7 @@ def main(argv=None):
     # --- model ---
     config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths, start, meta)
     with torch.device("meta" if args.dry_run else "cpu"):
-        model = UNet(**config)
+        model = build(config)
     training.announce(run, model, train_paths, val_paths)
     if args.dry_run:
         return
@@ -100,9 +104,11 @@ def main(argv=None):
     if run.master:
         training.rewind_log(run.out_dir / "log.jsonl", state.step)
 
-    def predict(x_in):  # with the averaged weights, in one step and in a few
+    def predict(x_lr, seeds):  # with the averaged weights, in one step and in a few
         with run.autocast():
-            return {"one": one_step(ema_model, x_in, 0.0), "few": integrate(ema_model, x_in, "midpoint", args.eval_steps)[0]}
+            x_in = ema_model.start(ema_model.to_latents(x_lr), task.sigma_p, seeds)
+            found = {"one": one_step(ema_model, x_in, 0.0), "few": integrate(ema_model, x_in, "midpoint", args.eval_steps)[0]}
+            return {name: ema_model.to_pixels(x) for name, x in found.items()}
 
     # --- the loop ---
     signals, stop = training.Signals(), 0  # stop: the signal that all processes have agreed to stop for
@@ -129,7 +135,7 @@ def main(argv=None):
         training.before_update(run, state)
         for micro in range(args.gradient_accumulation_steps):
             x_1, n, seeds, t = training.next_batch(run, batches)
-            x_in, target, t = make_pair(x_1, seeds, t, task, args)
+            x_in, target, t = make_pair(x_1, seeds, t, task, args, model.to_latents)
             training.exchange_gradients(net, micro == args.gradient_accumulation_steps - 1)
             with run.autocast():
                 losses = flow_loss(net, x_in, target, t, task.loss)

@@ -385,9 +385,9 @@ def rewind_log(path, step):
 
 def make_optimizers(model, name, lr, dtype):
     """The optimizers of a model, as a list: Adam; or with "muon", Muon for the inner convolutions and Adam for all else."""
-    inner = [p for n, p in model.named_parameters() if p.ndim == 4 and not n.startswith(("input_blocks.0.", "out."))] if name == "muon" else []
+    inner = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 4 and not n.startswith(("input_blocks.0.", "out."))] if name == "muon" else []
     chosen = {id(p) for p in inner}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
     return [torch.optim.Adam(rest, lr=lr, fused=rest[0].device.type != "mps"), *([Muon(inner, lr, dtype=dtype)] if inner else [])]
 
 
@@ -435,18 +435,23 @@ class EMA:
 
     def __init__(self, model, decay=0.9999):
         self.decay, self.num_updates = decay, 0
-        self.shadow_params = [p.detach().clone() for p in model.parameters()]
+        self.names = [n for n, p in model.named_parameters() if p.requires_grad] or [n for n, _ in model.named_parameters()]
+        self.shadow_params = [p.detach().clone() for p in self.of(model)]
+
+    def of(self, model):
+        """The parameters that are averaged, the trained ones, of this model or a copy of it."""
+        return [model.get_parameter(name) for name in self.names]
 
     @torch.no_grad()
     def update(self, model):
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
-        torch._foreach_lerp_(self.shadow_params, list(model.parameters()), 1 - decay)
+        torch._foreach_lerp_(self.shadow_params, self.of(model), 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, model):
         """Write the averaged parameters into model."""
-        torch._foreach_copy_(list(model.parameters()), self.shadow_params)
+        torch._foreach_copy_(self.of(model), self.shadow_params)
         return model
 
     def state_dict(self):  # the published files' format

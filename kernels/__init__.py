@@ -80,26 +80,28 @@ def _step(dt, x_in):
     return (dt.float().expand(x_in.shape[0]), 0.0) if torch.is_tensor(dt) else (None, dt)
 
 
-def normal(seeds, shape, stream=0):
+def normal(seeds, shape, stream=0, corner=(0, 0)):
     """Standard normal noise, a function of (seed, stream, c, h, w) alone: Philox 4x32-10 (Salmon et al. 2011), Box-Muller.
 
     seeds (B,) int64, shape (B, C, H, W), stream a number; returns float32, the same bits from every implementation.
+    corner (h, w): where the window of that shape begins in a larger picture.
     """
     if not _native(seeds):
-        return reference.normal(seeds, shape, stream)
-    return ops.normal(seeds, list(shape), stream)
+        return reference.normal(seeds, shape, stream, corner)
+    return ops.normal(seeds, list(shape), stream, *corner)
 
 
 @torch.no_grad()
-def noise_augment(x_lr, sigma_p, seeds):
+def noise_augment(x_lr, sigma_p, seeds, corner=(0, 0)):
     """Eq. (4), x_0 = sqrt(1 - sigma_p^2) x_lr + sigma_p eps, straight into the network's input, in one pass.
 
     x_lr (B, C, H, W), sigma_p in [0, 1], seeds (B,) int64; returns concat(x_0, x_lr), (B, 2C, H, W), of x_lr's
-    dtype and memory format. No gradient.
+    dtype and memory format. corner (h, w): x_lr is a window of a larger picture that begins there, and gets that part
+    of the picture's noise. No gradient.
     """
     if not _native(x_lr):
-        return reference.noise_augment(x_lr, sigma_p, seeds)
-    return ops.noise_augment(x_lr, sigma_p, seeds)
+        return reference.noise_augment(x_lr, sigma_p, seeds, corner)
+    return ops.noise_augment(x_lr, sigma_p, seeds, *corner)
 
 
 @torch.no_grad()
@@ -293,8 +295,8 @@ def _norm_gradients(dy, x, groups, weight, bias, scale, *_):
 
 
 FAKE = {  # shapes, dtypes and memory formats of the outputs
-    "normal": lambda seeds, shape, stream: seeds.new_empty(shape, dtype=torch.float32),
-    "noise_augment": lambda x_lr, sigma_p, seeds: _new(x_lr, 2 * x_lr.shape[1]),
+    "normal": lambda seeds, shape, *_: seeds.new_empty(shape, dtype=torch.float32),
+    "noise_augment": lambda x_lr, *_: _new(x_lr, 2 * x_lr.shape[1]),
     "flow_training_pair": lambda x_1, x_lr, t, sigma_p, seeds: (_new(x_lr, 2 * x_lr.shape[1]), _new(x_1, x_1.shape[1])),
     "euler_step_": lambda *_: None,
     "rk2_stage_": lambda *_: None,

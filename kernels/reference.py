@@ -68,19 +68,20 @@ def box_muller(a, b):
     return radius * torch.where(middle, -c, c), radius * torch.where(second_half, -s, s)
 
 
-def normal(seeds, shape, stream=0):
+def normal(seeds, shape, stream=0, corner=(0, 0)):
     """Standard normal noise that depends only on (seed, stream, c, h, w).
 
     seeds (B,) int64; shape (B, C, H, W); returns float32. The Philox key is the seed, the counter is
     (w, h, c // 4, stream), and a draw's four normals are four channels: neither the batch, nor the
-    canvas size, nor the memory format changes a pixel's noise.
+    canvas size, nor the memory format changes a pixel's noise. corner: of a window of a larger picture, whose
+    pixels h and w begin there.
     """
     B, C, H, W = shape
     dev = seeds.device
     if dev.type == "mps":  # which has no float64 for box_muller
-        return normal(seeds.cpu(), shape, stream).to(dev)
-    w = torch.arange(W, device=dev).view(1, 1, 1, W)
-    h = torch.arange(H, device=dev).view(1, 1, H, 1)
+        return normal(seeds.cpu(), shape, stream, corner).to(dev)
+    w = torch.arange(corner[1], corner[1] + W, device=dev).view(1, 1, 1, W)
+    h = torch.arange(corner[0], corner[0] + H, device=dev).view(1, 1, H, 1)
     block = torch.arange((C + 3) // 4, device=dev).view(1, -1, 1, 1)
     key = (seeds & MASK).view(B, 1, 1, 1), ((seeds >> 32) & MASK).view(B, 1, 1, 1)
     r = philox((w, h, block, torch.full_like(w, stream)), key)
@@ -96,17 +97,18 @@ def _image(v, x):  # v, (B,) or a number, to broadcast over x (B, C, H, W)
     return v.float().to(_arith(x).dtype).view(-1, 1, 1, 1) if torch.is_tensor(v) else v
 
 
-def _perturb(x_lr, sigma_p, seeds):
+def _perturb(x_lr, sigma_p, seeds, corner=(0, 0)):
     x_lr = _arith(x_lr)
-    return x_lr * math.sqrt(1 - sigma_p**2) + normal(seeds, x_lr.shape).to(x_lr.dtype) * sigma_p
+    return x_lr * math.sqrt(1 - sigma_p**2) + normal(seeds, x_lr.shape, corner=corner).to(x_lr.dtype) * sigma_p
 
 
-def noise_augment(x_lr, sigma_p, seeds):
+def noise_augment(x_lr, sigma_p, seeds, corner=(0, 0)):
     """Eq. (4), x_0 = sqrt(1 - sigma_p^2) x_lr + sigma_p eps, straight into the network's input.
 
     x_lr (B, C, H, W), seeds (B,) int64; returns concat(x_0, x_lr), (B, 2C, H, W), of x_lr's dtype and memory format.
+    corner (h, w): x_lr is a window of a larger picture that begins there, and gets that part of the picture's noise.
     """
-    x_0 = _perturb(x_lr, sigma_p, seeds)
+    x_0 = _perturb(x_lr, sigma_p, seeds, corner)
     return torch.cat([x_0.to(x_lr.dtype), x_lr], dim=1)
 
 

@@ -277,13 +277,12 @@ def test_validation_during_training_scores_what_predict_makes():
     task, x_1 = data.TASKS["photos"], torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     given = []
 
-    def predict(x_in):
-        given.append(x_in.clone())
-        x_in[:, :3] = 0  # its own to change
-        return {"same": x_in[:, 3:], "gray": torch.zeros_like(x_in[:, 3:])}
+    def predict(x_lr, seeds):
+        given.append((x_lr, seeds.tolist()))
+        return {"same": x_lr, "gray": torch.zeros_like(x_lr)}
     scores, grid = evaluate.validate(predict, x_1, task, None, torch.device("cpu"))
     x_lr = degrade(to_float(x_1), task, torch.arange(5))
     assert scores["psnr_same"] == scores["psnr_lr"] == pytest.approx(metrics.psnr_rgb(to_uint8(x_lr).permute(0, 3, 1, 2), x_1).mean().item())
     assert scores["psnr_gray"] == pytest.approx(metrics.psnr_rgb(torch.full_like(x_1, 128), x_1).mean().item())
-    assert "lpips_same" not in scores and torch.equal(given[1][0, 3:], x_lr[1])
+    assert "lpips_same" not in scores and torch.equal(given[1][0][0], x_lr[1]) and given[1][1] == [1]
     assert grid.shape == (4 * 32, 4 * 32, 3) and np.array_equal(grid[32:64, 96:], x_1[1].permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""The mathematics: closed forms of the solvers, the losses of both stages, tiles, and restoring any size."""
+"""The mathematics: closed forms of the solvers, the losses of both stages."""
 import argparse
 
 import numpy as np
@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from scipy.integrate import RK45
 
-import data
-import kernels
-import sample
 from distill import backward_in_turn, distillation_losses
+from flow import integrate, mean_slope, one_step
 from perceptual import Critic, critic_loss, grid_error, mean_score, perceptual_losses
-from sample import SOLVERS, integrate, mean_slope, one_step, reflect_to, restore, tile_spans
+from sample import SOLVERS
 from test_model import tiny
 from train_flow import flow_loss
 
@@ -331,66 +329,3 @@ def test_a_critic_learns_to_tell():
         optimizer.step()
     assert losses[0].item() == pytest.approx(2, abs=0.3) and 0 <= losses[-1] < 0.5
     assert critic(photographs)[0].mean() > 0.5 and critic(restored)[0].mean() < -0.5
-
-
-# --- any size ---
-
-
-@pytest.mark.parametrize("length, tile, overlap", [(100, 40, 8), (41, 40, 8), (40, 40, 8), (16, 40, 8), (1000, 96, 64)])
-def test_tiles_cover_and_their_weights_sum_to_one(length, tile, overlap):
-    total = torch.zeros(length)
-    for start, weights in tile_spans(length, tile, overlap):
-        assert start >= 0 and start + len(weights) <= length and len(weights) == min(tile, length)
-        total[start : start + len(weights)] += weights
-    assert torch.allclose(total, torch.ones(length), atol=1e-6)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 7])
-def test_reflection_goes_on_as_long_as_needed(n):
-    x = torch.arange(float(n)).view(1, 1, 1, n)
-    padded = reflect_to(x, 1, 11).flatten().numpy()
-    assert np.array_equal(padded, np.pad(np.arange(n), (0, 11 - n), mode="reflect"))
-
-
-def test_tiles_change_nothing_for_a_local_network():
-    """A network that looks at one pixel and its noise: any tiling gives the picture made in one piece."""
-    class Local(torch.nn.Module):
-        multiple = 4
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.tensor(0.3), requires_grad=False)
-
-        def forward(self, x_in, t):
-            return self.weight * x_in[:, :3].tanh() + x_in[:, 3:]
-
-    x_lr, seeds = buffer(2, 50)[:, :3, :, :43], torch.tensor([3, 4])
-    whole, _ = restore(Local(), x_lr, 0.2, seeds)
-    assert whole.shape == x_lr.shape
-    for tile in (16, 20, 48):
-        tiled, _ = restore(Local(), x_lr, 0.2, seeds, tile=tile, tile_pad=4)
-        assert torch.allclose(tiled, whole, atol=1e-5)
-
-
-def test_a_picture_does_not_depend_on_its_batch():
-    model, x_lr, seeds = tiny(), buffer(3, 20)[:, :3], torch.tensor([5, 6, 7])
-    together, _ = restore(model, x_lr, 0.2, seeds)
-    for i in (2, 0, 1):
-        alone, _ = restore(model, x_lr[i : i + 1], 0.2, seeds[i : i + 1])
-        assert torch.equal(alone[0], together[i])
-    other, _ = restore(model, x_lr[:1], 0.2, torch.tensor([6]))
-    assert not torch.allclose(other[0], together[0], atol=1e-3)
-
-
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 7), (5, 3), (17, 30)])
-def test_any_size_comes_out_exactly_scaled(height, width):
-    array = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    task = data.TASKS["photos"]
-    (big, nfe), = sample.upscale_array(tiny(), task, array, [0.5], 0, torch.float32)
-    assert big.shape == (4 * height, 4 * width, 3) and big.dtype == np.uint8 and nfe == 1
-
-
-def test_noise_of_the_canvas_is_the_crops_noise():
-    """x_0 is keyed by position: what padding and tiling see is what the whole picture sees."""
-    seeds = torch.tensor([9])
-    assert torch.equal(kernels.normal(seeds, (1, 3, 40, 60))[..., :20, :30], kernels.normal(seeds, (1, 3, 20, 30)))

@@ -189,6 +189,13 @@ def test_noise_is_one_noise(device):
     big = kernels.normal(seeds, (3, 8, 40, 600))
     assert torch.equal(kernels.normal(seeds[1:2], (1, 3, 17, 33)), big[1:2, :3, :17, :33])
     assert not torch.equal(kernels.normal(seeds, (3, 8, 40, 600), stream=1), big)
+    for module in (kernels, reference):
+        assert torch.equal(module.normal(seeds, (3, 8, 9, 70), corner=(21, 517)), big[..., 21:30, 517:587])
+        x_lr = big[:, :3].clone()
+        window = module.noise_augment(x_lr[..., 21:30, 517:587], 0.3, seeds, (21, 517))
+        assert torch.equal(window, module.noise_augment(x_lr, 0.3, seeds)[..., 21:30, 517:587])
+    far = (2**20, 2**20 + 3)
+    assert torch.equal(kernels.normal(seeds, (3, 4, 5, 40), corner=far).cpu(), reference.normal(seeds.cpu(), (3, 4, 5, 40), corner=far))
 
 
 def test_noise_is_normal():

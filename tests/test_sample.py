@@ -12,6 +12,7 @@ from PIL import Image
 
 import data
 import sample
+import tiles
 from console import InputError
 from data import TASKS
 from degradations import degrade, to_float
@@ -24,31 +25,6 @@ from test_model import tiny
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """Releases of a tiny student and a tiny flow."""
-    folder, task = tmp_path_factory.mktemp("weights"), asdict(TASKS["photos"])
-    for stage in ("distill", "flow"):
-        save_release(folder / f"{stage}.safetensors", tiny(one_step=stage == "distill"), dict(stage=stage, step=1, task=task))
-    return folder
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Pictures a.png, b.jpg and below/c.png, in a folder that is also the working directory."""
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    (tmp_path / "in" / "below").mkdir(parents=True)
-    for name, (h, w) in (("a.png", (12, 17)), ("b.jpg", (9, 9)), ("below/c.png", (20, 8))):
-        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(tmp_path / "in" / name)
-    return tmp_path
-
-
-@pytest.fixture
-def cli(weights):
-    return lambda *args, stage="distill": sample.main(["--ckpt", str(weights / f"{stage}.safetensors"), "--device", "cpu", *map(str, args)])
-
-
 def written(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "in/" not in str(p.relative_to(folder)))
 
@@ -58,8 +34,9 @@ def test_one_picture(folder, cli, capsys):
     out = Image.open("restored/a_x4.png")
     assert out.size == (68, 48)
     note = json.loads(out.text["oftsr"])
-    assert note["t"] == 0.5 and note["seed"] == 0 and note["weights"] == "distill.safetensors"
-    assert "17x12 -> restored/a_x4.png 68x48, t 0.5" in capsys.readouterr().out
+    assert (note["t"], note["seed"], note["weights"], note["tile"], note["dtype"], note["input"]) == (0.5, 0, "distill.safetensors", 0, note["dtype"], "a.png")
+    said = capsys.readouterr().out
+    assert "17x12 -> restored/a_x4.png 68x48, t 0.5" in said and " a second: 1 done, 0 skipped" in said.splitlines()[-1]
 
 
 def test_sweep_and_strip(folder, cli):
@@ -120,29 +97,52 @@ def test_a_bad_picture_is_skipped_and_counted(folder, cli, capsys):
 
 
 def test_what_one_picture_lacks_is_not_the_others_loss(folder, cli, capsys, monkeypatch):
-    """Out of memory, in PyTorch's words or Python's; a result that does not fit its format; values that are not finite."""
-    restore = sample.restore
+    """Values that are not finite; a result that does not fit its format, known before any work; a bug is no picture's fault."""
+    enlarge = sample.enlarge
 
     def fail_with(error):
-        def failing(net, x_lr, *args, **how):
-            if x_lr.shape[3] == 68:  # a.png
+        def failing(net, task, picture, *args, **how):
+            if picture.pixels.shape[1] == 17:  # a.png
                 raise error
-            return restore(net, x_lr, *args, **how)
-        monkeypatch.setattr(sample, "restore", failing)
+            return enlarge(net, task, picture, *args, **how)
+        monkeypatch.setattr(sample, "enlarge", failing)
 
-    for error in (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
-        fail_with(error)
-        assert cli("in", "-o", "out") == 1
-        said = capsys.readouterr().err
-        assert "skipped: in/a.png" in said and "memory" in said and written(folder) == ["out/b_x4.jpg"]
+    fail_with(ArithmeticError("rk45 cannot reach its tolerance"))
+    assert cli("in", "-o", "out") == 1
+    assert "skipped: in/a.png: rk45 cannot" in capsys.readouterr().err and written(folder) == ["out/b_x4.jpg"]
     fail_with(RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
         cli("in", "-o", "out")
-    monkeypatch.setattr(sample, "restore", lambda net, x_lr, *args, **how: (torch.full_like(x_lr, float("nan")), 1))
+    monkeypatch.setattr(tiles, "restore_tile", lambda net, x_lr, *args, **how: (torch.full_like(x_lr[0], float("nan")), 1))
+    monkeypatch.setattr(sample, "enlarge", enlarge)
     assert cli("in/a.png", "-o", "nan") == 1 and "not finite" in capsys.readouterr().err
     Image.new("RGB", (4097, 2)).save("wide.webp")
-    assert cli("wide.webp", "-o", "out") == 1 and "has at most 16383 pixels a side" in capsys.readouterr().err  # before any work: restore would give NaN
+    assert cli("wide.webp", "-o", "out") == 1 and "has at most 16383 pixels a side" in capsys.readouterr().err
     assert written(folder) == ["out/b_x4.jpg", "wide.webp"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\nframe #0: c10"),
+                                   MemoryError(), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
+def test_out_of_memory_halves_the_tile(error, folder, cli, capsys, monkeypatch):
+    """Until it suffices, in one line each; in the end that picture alone is skipped, in one line."""
+    restore_tile, most = tiles.restore_tile, 200
+
+    def short(net, x_lr, *args, **how):
+        if max(x_lr.shape[2:]) > most:
+            raise error
+        return restore_tile(net, x_lr, *args, **how)
+    monkeypatch.setattr(tiles, "restore_tile", short)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 130, 3), dtype=np.uint8)).save("in/large.png")
+    assert cli("in/a.png", "in/large.png", "-o", "out") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert [line for line in said if "memory" in line] == ["in/large.png: not enough memory for one piece, going on with tiles of 384",
+                                                           "in/large.png: not enough memory for tiles of 384, going on with tiles of 192"]
+    assert json.loads(Image.open("out/large_x4.png").text["oftsr"])["tile"] == 192
+    most = 100
+    assert cli("in/a.png", "in/large.png", "-o", "less") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert "skipped: in/large.png: not enough memory" in said and said[-1].endswith("1 done, 1 skipped")
+    assert written(folder / "less") == ["a_x4.png"] and written(folder / "out") == ["a_x4.png", "large_x4.png"]
 
 
 def test_processes_share_the_list_and_a_bad_picture_stops_no_other(folder, weights):
@@ -160,16 +160,16 @@ def test_an_unconditional_flow_restores_nothing(folder, tmp_path):
         sample.main(["--ckpt", str(tmp_path / "free.safetensors"), "in/a.png"])
 
 
-def test_an_input_is_never_overwritten(folder, cli):
-    before = Path("in/a.png").read_bytes()
-    for args in (["in/a.png", "-o", "in/a.png"], ["in/a.png", "-o", "in", "--suffix", ""], ["in/a.png", "in/b.jpg", "-o", "in", "--suffix", ""]):
-        with pytest.raises(InputError, match="would meet"):
-            cli(*args)
-    assert Path("in/a.png").read_bytes() == before
+def test_an_input_is_never_overwritten(folder, cli, capsys):
+    before = {name: Path(name).read_bytes() for name in ("in/a.png", "in/b.jpg")}
+    for args in (["in/a.png", "-o", "in/a.png"], ["in/a.png", "-o", "in", "--suffix", ""], ["in/a.png", "in/b.jpg", "-o", "in", "--suffix", "", "--overwrite"]):
+        assert cli(*args) == 1
+        said = capsys.readouterr().err
+        assert "in/a.png: its result would overwrite it: choose another -o or --suffix" in said and " 0 done, " in said
+    assert {name: Path(name).read_bytes() for name in before} == before and written(folder) == []
 
 
 @pytest.mark.parametrize("args, says", [
-    (["in/a.png", "in/below/../a.png"], "would meet"),
     (["in", "-o", "one.png"], "2 pictures do not fit in one file"),
     (["nothing.png"], "no file, folder or pattern nothing.png"),
     (["empty"], "no pictures in empty"),
@@ -177,26 +177,28 @@ def test_an_input_is_never_overwritten(folder, cli):
     (["in/a.png", "--t", "half"], "not a number"),
     (["in/a.png", "--til", "64"], "unrecognized arguments"),
     (["in/a.png", "--tile", "64"], "larger than twice --tile_pad"),
-    (["in/a.png", "--tile_pad", "400"], "larger than twice --tile_pad"),
+    (["in/a.png", "--tile", "half"], "not a whole number"),
+    (["in/a.png", "--tile", "700", "--tile_pad", "400"], "larger than twice --tile_pad"),
     (["in/a.png", "--steps", "4"], "one-step student"),
-    (["in/a.png", "in/a.jpg", "--strip", "-o", "out"], "would meet"),
-    (["in/a.png", "in/a_x4_strip.png", "--strip", "-o", "in"], "would meet"),
     (["in/a.png", "--solver", "euler"], "one-step student"),
     (["in/a.png", "--rtol", "0.1"], "for --solver rk45"),
     (["in/a.png", "--suffix", "a/b"], "names no folder"),
     (["in/a.png", "-o", "b.gif", "--ext", "png"], "without --ext"),
+    (["in/a.png", "-o", "b.psd"], ".psd cannot be written"),
+    (["in/a.png", "-s", "2", "--width", "9"], "give one"),
+    (["in/a.png", "--skip_existing", "--overwrite"], "contradict"),
     (["in/a.png", "--device", "cuda:99"], "no device"),
+    (["in/a.png", "--device", "gpu"], "no device"),
+    (["in/a.png", "-o", "in/b.jpg/below"], "cannot write to in/b.jpg/below"),
     ([], "name a picture"),
 ])
 def test_mistakes_are_one_line_and_write_nothing(args, says, folder, cli, capsys):
     (folder / "empty").mkdir()
-    for name in ("in/a.jpg", "in/a_x4_strip.png"):
-        if name in args:
-            Image.open("in/a.png").save(name)
     with pytest.raises((InputError, SystemExit)) as e:
         cli(*args)
-    message = str(e.value) if e.type is InputError else capsys.readouterr().err.strip().splitlines()[-1]
+    message = str(e.value) if e.type is InputError else capsys.readouterr().err.strip()
     assert says in message and "\n" not in message and written(folder) == []
+    assert e.type is InputError or message.endswith("--help)")
 
 
 def test_a_flow_has_the_dial_too(folder, cli, capsys):
@@ -227,7 +229,7 @@ def test_upscale_does_not_confuse_flow_and_student(folder, weights, tmp_path):
 
 
 def test_errors_reach_the_shell_as_one_line(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--ckpt", str(tmp_path / "none.pt"), "x.png"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--ckpt", str(tmp_path / "none.pt"), str(ROOT / "assets" / "cat.png")], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"sample.py: no checkpoint at {tmp_path / 'none.pt'}\n"
 
 
@@ -238,7 +240,8 @@ def test_upscale_is_the_command_line(folder, cli, weights):
     assert isinstance(big, np.ndarray) and np.array_equal(big, read_image("restored/a_x4.png"))
     picture = sample.upscale(Image.fromarray(array), **kwargs)
     assert isinstance(picture, Image.Image) and np.array_equal(np.asarray(picture), big)
-    for bad in (array / 255, array[..., 0]):
+    assert np.array_equal(sample.upscale("in/a.png", **kwargs), big)
+    for bad in (array / 255, array[None], np.zeros((4, 4, 5), np.uint8)):
         with pytest.raises(InputError, match="uint8"):
             sample.upscale(bad, **kwargs)
 
@@ -250,7 +253,7 @@ def test_the_shipped_student_restores_and_its_dial_trades():
     x_lr = degrade(to_float(x_1), task, torch.tensor([0]))
     net, stage, _ = sample.load(device="cpu")
     score = lambda x: psnr_rgb(to_uint8(x).permute(0, 3, 1, 2), x_1).item()
-    dial = [score(sample.restore(net, x_lr, task.sigma_p, torch.tensor([0]), t)[0]) for t in (0, 0.5, 1)]
+    dial = [score(tiles.restore(net, x_lr, task.sigma_p, torch.tensor([0]), t)[0]) for t in (0, 0.5, 1)]
     assert stage == "distill" and dial[0] > score(x_lr) + 0.7 and dial[0] > dial[1] > dial[2]
 
 
@@ -261,5 +264,5 @@ def test_tiled_is_close_to_whole():
     whole, tiled = (sample.upscale(array, tile=tile, **kwargs).astype(float) for tile in (0, 160))
     assert 0 < np.abs(whole - tiled).mean() < 2
     step = np.abs(np.diff(tiled - whole, axis=1)).mean(axis=(0, 2))
-    borders = [e - 1 for start, weights in sample.tile_spans(384, 160, 64) for e in (start, start + len(weights)) if 0 < e < 384]
+    borders = [e - 1 for start, weights in tiles.tile_spans(384, 160, 64, 8) for e in (start, start + len(weights)) if 0 < e < 384]
     assert len(borders) == 6 and step[borders].max() < 2.5 * np.median(step)  # no jump where a tile begins or ends

@@ -116,29 +116,29 @@ struct Noise {
 };
 
 // f(b, c, h, w, n, noise of this strip and channel)
-template <class F> static void for_noisy_strips(Shape s, PerImage<int64_t> seeds, uint32_t stream, F f) {
+template <class F> static void for_noisy_strips(Shape s, PerImage<int64_t> seeds, uint32_t stream, Corner corner, F f) {
   for_strips(s, [&](int64_t, int64_t b, int64_t h, int64_t w, int64_t n) {
     Noise noise;
     for (int64_t c = 0; c < s.C; c++) {
-      if (c % 4 == 0) noise.fill(seeds[b], stream, c / 4, h, w, n);
+      if (c % 4 == 0) noise.fill(seeds[b], stream, c / 4, h + corner.h, w + corner.w, n);
       f(b, c, h, w, n, Line<float>{noise.channel[c % 4], 1});
     }
   });
 }
 
-template <> void normal(Cpu, Shape s, PerImage<int64_t> seeds, uint32_t stream, float* out) {
-  for_noisy_strips(s, seeds, stream, [&](int64_t b, int64_t c, int64_t h, int64_t w, int64_t n, Line<float> eps) {
+template <> void normal(Cpu, Shape s, PerImage<int64_t> seeds, uint32_t stream, Corner corner, float* out) {
+  for_noisy_strips(s, seeds, stream, corner, [&](int64_t b, int64_t c, int64_t h, int64_t w, int64_t n, Line<float> eps) {
     memcpy(out + ((b * s.C + c) * s.H + h) * s.W + w, eps.data, n * sizeof(float));
   });
 }
 
 // Reads x_lr, writes x_0 and x_lr: 3 C elements a pixel.
-template <> void noise_augment(Cpu, Shape s, View x_lr, double sigma_p, PerImage<int64_t> seeds, View x_in) {
+template <> void noise_augment(Cpu, Shape s, View x_lr, double sigma_p, PerImage<int64_t> seeds, Corner corner, View x_in) {
   by_type(x_lr.dtype, [&](auto type) {
     using T = decltype(type);
     using A = arith<T>;
     A signal = sqrt(1 - sigma_p * sigma_p), sigma = sigma_p;
-    for_noisy_strips(s, seeds, 0, [&](int64_t b, int64_t c, int64_t h, int64_t w, int64_t n, Line<float> noise) {
+    for_noisy_strips(s, seeds, 0, corner, [&](int64_t b, int64_t c, int64_t h, int64_t w, int64_t n, Line<float> noise) {
       each(n, [=](T lr, float eps, T& x_0, T& copy) {
         x_0 = store<T>(perturb<A>(load(lr), eps, signal, sigma));
         copy = lr;
@@ -153,7 +153,7 @@ template <> void flow_training_pair(Cpu, Shape s, View x_1, View x_lr, PerImage<
     using T = decltype(type);
     using A = arith<T>;
     A signal = sqrt(1 - sigma_p * sigma_p), sigma = sigma_p;
-    for_noisy_strips(s, seeds, 0, [&](int64_t b, int64_t c, int64_t h, int64_t w, int64_t n, Line<float> noise) {
+    for_noisy_strips(s, seeds, 0, Corner{0, 0}, [&](int64_t b, int64_t c, int64_t h, int64_t w, int64_t n, Line<float> noise) {
       A tb = t[b];
       each(n, [=](T hr, T lr, float eps, T& x_t, T& copy, T& v) {
         A x_0 = perturb<A>(load(lr), eps, signal, sigma);

@@ -49,21 +49,23 @@ struct Normal {
   Shape s;
   PerImage<int64_t> seeds;
   uint32_t stream;
+  Corner corner;
   float* out;
   __device__ void operator()(int64_t b, int64_t h, int64_t w) const {
-    with_noise(s.C, seeds[b], stream, h, w, [&](int64_t c, float eps) { out[((b * s.C + c) * s.H + h) * s.W + w] = eps; });
+    with_noise(s.C, seeds[b], stream, h + corner.h, w + corner.w, [&](int64_t c, float eps) { out[((b * s.C + c) * s.H + h) * s.W + w] = eps; });
   }
 };
 
-template <> void normal(Cuda device, Shape s, PerImage<int64_t> seeds, uint32_t stream, float* out) { each_pixel(device, s, Normal{s, seeds, stream, out}); }
+template <> void normal(Cuda device, Shape s, PerImage<int64_t> seeds, uint32_t stream, Corner corner, float* out) { each_pixel(device, s, Normal{s, seeds, stream, corner, out}); }
 
 template <class T> struct NoiseAugment {
   int64_t C;
   View x_lr, x_in;
   arith<T> signal, sigma_p;
   PerImage<int64_t> seeds;
+  Corner corner;
   __device__ void operator()(int64_t b, int64_t h, int64_t w) const {
-    with_noise(C, seeds[b], 0, h, w, [&](int64_t c, float eps) {
+    with_noise(C, seeds[b], 0, h + corner.h, w + corner.w, [&](int64_t c, float eps) {
       T lr = at<T>(x_lr, b, c, h, w);
       at<T>(x_in, b, c, h, w) = store<T>(perturb<arith<T>>(load(lr), eps, signal, sigma_p));
       at<T>(x_in, b, c + C, h, w) = lr;
@@ -71,10 +73,10 @@ template <class T> struct NoiseAugment {
   }
 };
 
-template <> void noise_augment(Cuda device, Shape s, View x_lr, double sigma_p, PerImage<int64_t> seeds, View x_in) {
+template <> void noise_augment(Cuda device, Shape s, View x_lr, double sigma_p, PerImage<int64_t> seeds, Corner corner, View x_in) {
   by_type(x_lr.dtype, [&](auto type) {
     using T = decltype(type);
-    each_pixel(device, s, NoiseAugment<T>{s.C, x_lr, x_in, arith<T>(sqrt(1 - sigma_p * sigma_p)), arith<T>(sigma_p), seeds});
+    each_pixel(device, s, NoiseAugment<T>{s.C, x_lr, x_in, arith<T>(sqrt(1 - sigma_p * sigma_p)), arith<T>(sigma_p), seeds, corner});
   });
 }
 

@@ -9,6 +9,9 @@ enum class DType { f32, f64, bf16, f16 };
 
 struct Shape { int64_t B, C, H, W; };
 
+// Where in a whole picture the first pixel lies, whose noise is the picture's.
+struct Corner { int64_t h, w; };
+
 // A (B, C, H, W) tensor, whatever its memory format, or a slice of one: strides in elements.
 struct View {
   void* data;
@@ -55,8 +58,8 @@ struct Cpu {};
 struct Cuda { void* stream; };
 
 // Each is specialised twice: <Cpu> in cpu.cpp and cpu_norm.cpp, <Cuda> in cuda.cu and cuda_norm.cu.
-template <class D> void normal(D, Shape, PerImage<int64_t> seeds, uint32_t stream, float* out);
-template <class D> void noise_augment(D, Shape, View x_lr, double sigma_p, PerImage<int64_t> seeds, View x_in);
+template <class D> void normal(D, Shape, PerImage<int64_t> seeds, uint32_t stream, Corner, float* out);
+template <class D> void noise_augment(D, Shape, View x_lr, double sigma_p, PerImage<int64_t> seeds, Corner, View x_in);
 template <class D> void flow_training_pair(D, Shape, View x_1, View x_lr, PerImage<float> t, double sigma_p, PerImage<int64_t> seeds, View x_in, View velocity);
 template <class D> void euler_step(D, Shape, View x, View v, Step dt);
 template <class D> void rk2_stage(D, Shape, View x, View v1, View v2, Step dt, double b1, double b2);

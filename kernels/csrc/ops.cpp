@@ -154,24 +154,24 @@ static Tensor partial_sums(const Tensor& x, int64_t kinds) { return new_vector(x
 
 // ---- noise
 
-static Tensor normal_(const Tensor& seeds, std::vector<int64_t> size, int64_t stream) {
+static Tensor normal_(const Tensor& seeds, std::vector<int64_t> size, int64_t stream, int64_t h, int64_t w) {
   check(size.size() == 4, "the shape of noise is (B, C, H, W), four numbers, not ", size.size(), ".");
   Shape s{size[0], size[1], size[2], size[3]};
   Tensor out = new_vector(seeds, size, ScalarType::Float);
   PerImage<int64_t> seed = per_image<int64_t>(seeds, "seeds", out);
-  if (!empty(s)) on_device(out, [&](auto device) { normal(device, s, seed, uint32_t(stream), static_cast<float*>(out.data_ptr())); });
+  if (!empty(s)) on_device(out, [&](auto device) { normal(device, s, seed, uint32_t(stream), Corner{h, w}, static_cast<float*>(out.data_ptr())); });
   return out;
 }
 
 static void check_sigma(double sigma_p) { check(sigma_p >= 0 && sigma_p <= 1, "sigma_p must lie in [0, 1], not ", sigma_p, "."); }
 
-static Tensor noise_augment_(const Tensor& x_lr, double sigma_p, const Tensor& seeds) {
+static Tensor noise_augment_(const Tensor& x_lr, double sigma_p, const Tensor& seeds, int64_t h, int64_t w) {
   check_sigma(sigma_p);
   Shape s = shape(x_lr, "x_lr");
   Tensor x_in = new_like(x_lr, s.B, 2 * s.C);
   View in = view(x_lr, "x_lr"), out = view(x_in, "x_in");
   PerImage<int64_t> seed = per_image<int64_t>(seeds, "seeds", x_lr);
-  if (!empty(s)) on_device(x_lr, [&](auto device) { noise_augment(device, s, in, sigma_p, seed, out); });
+  if (!empty(s)) on_device(x_lr, [&](auto device) { noise_augment(device, s, in, sigma_p, seed, Corner{h, w}, out); });
   return x_in;
 }
 
@@ -503,8 +503,8 @@ static Tensor to_uint8_(const Tensor& x) {
 // ---- registration: a schema each, and one implementation for both devices (on_device chooses)
 
 STABLE_TORCH_LIBRARY(oftsr, m) {
-  m.def("normal(Tensor seeds, int[] shape, int stream) -> Tensor");
-  m.def("noise_augment(Tensor x_lr, float sigma_p, Tensor seeds) -> Tensor");
+  m.def("normal(Tensor seeds, int[] shape, int stream, int h=0, int w=0) -> Tensor");
+  m.def("noise_augment(Tensor x_lr, float sigma_p, Tensor seeds, int h=0, int w=0) -> Tensor");
   m.def("flow_training_pair(Tensor x_1, Tensor x_lr, Tensor t, float sigma_p, Tensor seeds) -> (Tensor, Tensor)");
   m.def("euler_step_(Tensor(a!) x_in, Tensor v, Tensor? dts, float dt) -> ()");
   m.def("rk2_stage_(Tensor(a!) x_in, Tensor v1, Tensor v2, Tensor? dts, float dt, float b1, float b2) -> ()");

@@ -1,0 +1,232 @@
+"""Networks that are not ours, as v(x_in, t): what they predict turned into a velocity, and what a student of theirs needs to know.
+
+    teacher = load_teacher("resshift:FILE", autoencoder="FILE")     # or "dit4sr:DIR", or "mypackage.module:function"
+    v = teacher(x_in, t)          # x_in = concat(x_t, z_lr): (B, 2C, h, w), t: (B,) in [0, 1] -> v: (B, C, h, w)
+
+A family is a subclass of Teacher, named in model.FAMILIES: that table is the one place to add one. A network without a
+family of its own is wrapped in a Teacher by a function of yours: examples/bring_your_own.py is one.
+
+Legend: x_1 clean (t = 1), x_lr the low-resolution picture at full size, z_lr = encode(x_lr) in the teacher's space (pixels:
+x_lr itself), eps standard normal noise. Every family's noising is a path x_t = a x_1 + b z_lr + c eps, a(t), b(t), c(t) numbers.
+"""
+import copy
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+import kernels
+from console import InputError, in_range
+from model import FAMILIES, _read_release, build, find_family, load_checkpoint
+
+LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 or eps would be 0 / 0
+BUFFERS = ("relative_position_index", "attn_mask")  # of published files, computed here
+PREDICTS = ("x_1", "eps", "noise_minus_clean", "v", "velocity")
+
+
+# --- from what a network predicts to v = dx_t/dt ---
+
+
+def clean_and_noise(x_t, z_lr, out, predicts, a, b, c):
+    """What a network's output says of x_1 and eps, given x_t = a x_1 + b z_lr + c eps. All (B, C, h, w); a, b, c (B, 1, 1, 1).
+
+    With r = x_t - b z_lr = a x_1 + c eps, `predicts` is
+        "x_1"                out = x_1:              eps = (r - a x_1) / c
+        "eps"                out = eps:              x_1 = (r - c eps) / a
+        "noise_minus_clean"  out = eps - x_1:        r = (a + c) x_1 + c out, so x_1 = (r - c out) / (a + c)
+        "v"                  out = a eps - c x_1 (Salimans & Ho 2022): a r - c out = (a^2 + c^2) x_1
+    All are linear in (x_1, eps), so a network that predicts the mean of one given x_t says the mean of both.
+    """
+    r = x_t - b * z_lr
+    if predicts == "x_1":
+        return out, (r - a * out) / c
+    if predicts == "eps":
+        return (r - c * out) / a, out
+    if predicts == "noise_minus_clean":
+        x_1 = (r - c * out) / (a + c)
+        return x_1, x_1 + out
+    if predicts == "v":
+        n = a * a + c * c
+        return (a * r - c * out) / n, (c * r + a * out) / n
+    raise ValueError(f"a network predicts one of {', '.join(PREDICTS)}, not {predicts}")
+
+
+def to_velocity(x_t, z_lr, out, predicts, path, slope):
+    """v, the velocity of the probability flow at x_t, from a network's output: all (B, C, h, w).
+
+    path = (a, b, c), each (B,), of x_t = a x_1 + b z_lr + c eps; slope = (a', b', c'), their derivatives by t. With x_1 and
+    eps held, a point of the path moves by a' x_1 + b' z_lr + c' eps. The velocity that carries the density of x_t along is
+    the mean of that over all (x_1, eps) that meet in x_t (the conditional flow's, Lipman et al. 2023, Theorem 1), and it is
+    linear in them:
+        v = a' E[x_1 | x_t] + b' z_lr + c' E[eps | x_t]
+    "velocity" is v itself. A linear path of noise to picture (a = t, b = 0, c = 1 - t) and out = eps - x_1 give v = -out.
+    """
+    if predicts == "velocity":
+        return out
+    a, b, c, da, db, dc = (k.to(x_t.dtype).view(-1, 1, 1, 1) for k in (*path, *slope))
+    x_1, eps = clean_and_noise(x_t, z_lr, out, predicts, a, b, c)
+    return da * x_1 + db * z_lr + dc * eps
+
+
+def linear_path(t, sigma_p=1.0):
+    """This project's path, Eq. (4) and (5): a = t, b = (1-t) sqrt(1 - sigma_p^2), c = (1-t) sigma_p, and their slopes; t (B,).
+
+    sigma_p = 1 is flow matching from pure noise; its sigma is 1 - t. Returns ((a, b, c), (a', b', c')), each (B,).
+    """
+    one = torch.ones_like(t)
+    keep = (1 - sigma_p**2) ** 0.5
+    return (t, (1 - t) * keep, (1 - t) * sigma_p), (one, -keep * one, -sigma_p * one)
+
+
+def to_linear(alpha, sigma):
+    """Any schedule x = alpha x_1 + sigma eps, on the linear path: the time t there, and the scale of its state. Numbers or tensors.
+
+    x / (alpha + sigma) = t x_1 + (1 - t) eps with t = alpha / (alpha + sigma): a diffusion model of whatever schedule is
+    asked at the diffusion time where alpha / (alpha + sigma) = t, about (alpha + sigma) x_t, and its answer read with linear_path.
+    """
+    return alpha / (alpha + sigma), alpha + sigma
+
+
+def guided(predict, scale):
+    """Classifier-free guidance: predict(2B rows, the unconditional half first) -> (2B, ...), and what it is made of by `scale`, (B, ...).
+
+    One call of twice the batch, two evaluations: unconditional + scale (conditional - unconditional) (Ho & Salimans 2022).
+    """
+    without, with_ = predict().chunk(2)
+    return without + scale * (with_ - without)
+
+
+# --- a teacher ---
+
+
+class Teacher(nn.Module):
+    """A flow of another family, called as ours is: forward(x_in = concat(x_t, z_lr), t) = v.
+
+    What a family, or an object of yours, says of itself, and model.UNet too:
+    net, predicts    the network, and what it predicts: one of PREDICTS
+    path(t)          ((a, b, c), (a', b', c')) of x_t = a x_1 + b z_lr + c eps
+    predict(...)     how it is asked: x_t, z_lr (B, C, h, w), t (B,) -> its output
+    to_latents, to_pixels   pictures (B, 3, H, W) in [-1, 1] to its space (B, C, H / factor, W / factor), and back
+    latent_channels, factor, multiple   C; pixels a latent; heights and widths in pixels are multiples of this
+    t_last           the largest t it was trained at: from there one step leads to 1
+    evaluations      network evaluations a call (2 with guidance)
+    one_step         a student: its input is always x_0, so the path's numbers are those of t = 0, and t is only told
+    config           the arguments that model.build makes it of, with its "family"
+    """
+    latent_channels, factor, multiple, t_last, evaluations, precond = 3, 1, 1, 1 - 1e-3, 1, None
+
+    def __init__(self, net, predicts="x_1", path=linear_path, one_step=False):
+        super().__init__()
+        if predicts not in PREDICTS:
+            raise InputError(f"a teacher predicts one of {', '.join(PREDICTS)}, not {predicts!r}")
+        self.net, self.predicts, self.one_step, self.config = net, predicts, one_step, {}
+        self.path = path
+
+    def predict(self, x_t, z_lr, t):
+        return self.net(x_t, z_lr, t)
+
+    def to_latents(self, x):
+        return x
+
+    def to_pixels(self, z):
+        return z
+
+    def start(self, z_lr, sigma_p, seeds):
+        """concat(x_0, z_lr), the path's point at t = 0 with z_lr for x_1: z_lr (B, C, h, w), seeds (B,) int64 -> (B, 2C, h, w).
+
+        The path says its noise itself: sigma_p, the task's, is not read.
+        """
+        (a, b, c), _ = self.path(torch.zeros(1, device=z_lr.device))
+        z_lr = z_lr.float()
+        return torch.cat([(a + b) * z_lr + c * kernels.normal(seeds, z_lr.shape), z_lr], dim=1)
+
+    def student(self):
+        """The network that distillation starts from: the teacher's own, told that its input is x_0."""
+        student = copy.deepcopy(self)
+        for mine, its in zip(student.parameters(), self.trainable()):
+            mine.requires_grad_(its)
+        student.one_step, student.config = True, {**self.config, "one_step": True}
+        return student
+
+    def trainable(self):
+        """Which parameters a student trains, in their order: the network's, not the autoencoder's."""
+        return [name.startswith("net.") for name, _ in self.named_parameters()]
+
+    def forward(self, x_in, t):
+        t = t.to(x_in.device).float().expand(x_in.shape[0])
+        x_t, z_lr = (x_in if x_in.dtype == torch.float64 else x_in.float()).chunk(2, dim=1)
+        t = t if self.one_step else t.clamp(max=LAST)
+        out = self.predict(x_t, z_lr, t).to(x_t.dtype)
+        return to_velocity(x_t, z_lr, out, self.predicts, *self.path(torch.zeros_like(t) if self.one_step else t))
+
+
+# --- from the command line ---
+
+
+def add_teacher_flags(parser):
+    """What a teacher of another family needs beside --teacher."""
+    g = parser.add_argument_group("teachers of other families")
+    g.add_argument("--autoencoder", help="resshift: the file of its autoencoder (without one it works on pictures)")
+    g.add_argument("--chain", type=int, choices=(4, 15), default=4, help="resshift: steps that it was trained for, where the file does not say (default: 4)")
+    g.add_argument("--lora", type=in_range(int, 1), help="dit4sr: train a low-rank addition of this rank, not the whole network")
+    g.add_argument("--guidance", type=in_range(float, 1), help="dit4sr: scale of classifier-free guidance, two evaluations a call (default: 1, none)")
+
+
+def names_family(spec):
+    """Whether --teacher names a family and its file, FAMILY:FILE, or a function, package.module:function; else it is a file of ours."""
+    head, colon, tail = spec.partition(":")
+    return bool(colon) and not Path(spec).exists() and (head in FAMILIES or len(head) > 1 and f"{head}.{tail}".replace(".", "").isidentifier())
+
+
+def load_teacher(spec, args):
+    """The teacher that a spec names, and the metadata of its file: (Teacher in evaluation mode, {"task", "step"}). Raises InputError.
+
+    args: an object with the flags of add_teacher_flags. A function is called without arguments and returns a Teacher, or
+    any module with what Teacher lists; naming it here is leave to import it.
+    """
+    head, _, tail = spec.partition(":")
+    meta = {"task": None, "step": None}
+    if head in FAMILIES:
+        family = find_family(head)
+        if not hasattr(family, "published"):
+            raise InputError(f"{spec}: weights of this project's own network are named without {head}:")
+        teacher, meta = family.published(tail, args)
+    else:
+        FAMILIES[spec] = spec
+        teacher = build({"family": spec})
+    return teacher.eval().requires_grad_(False), meta
+
+
+# --- files ---
+
+
+def read_state(path):
+    """The tensors of a published file, by name: a state dict (.pth, .pt, .safetensors), alone or under "state_dict" or "params". Raises InputError."""
+    if not Path(path).is_file():
+        raise InputError(f"no weights at {path}")
+    if str(path).endswith(".safetensors"):
+        state = _read_release(path)[1]
+    else:
+        state = load_checkpoint(path)
+        for key in ("state_dict", "params_ema", "params"):
+            state = state.get(key, state) if isinstance(state.get(key), dict) else state
+    # what DistributedDataParallel and torch.compile put before a name
+    state = {name.replace("module.", "").replace("_orig_mod.", ""): value for name, value in state.items()}
+    if not state or not all(torch.is_tensor(value) for value in state.values()):
+        raise InputError(f"{path} is not a file of weights: it should hold tensors by name")
+    return state
+
+
+def fill(module, state, path, what):
+    """Load tensors into module, strictly but for BUFFERS, in float32. Raises InputError, one line that says how many do not fit."""
+    state = {name: value.float() for name, value in state.items() if not name.endswith(BUFFERS)}
+    own = module.state_dict()
+    wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
+    if wrong or len(state) != len(own):
+        first = f", the first {wrong[0]}" if wrong else ""
+        raise InputError(f"{path} does not hold {what}: {len(wrong)} of its {len(own)} tensors are missing or of another shape{first}; "
+                         f"{len(set(state) - set(own))} others are not its own")
+    if bad := [n for n, v in state.items() if not v.isfinite().all()]:
+        raise InputError(f"{path} is broken: {bad[0]} holds values that are not finite")
+    module.load_state_dict(state)
+    return module

@@ -1,0 +1,47 @@
+"""bench.py: its cases agree with their references, and its commands run through, small."""
+import pytest
+import torch
+
+import bench
+import kernels
+import model
+
+
+def once(functions, sets, device, **_):
+    for f in functions:
+        f(*sets[0])
+    return [(1.0, 1.0, 1.0)] * len(functions)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """No compiler, and one call instead of seconds of them."""
+    if not kernels.extension_devices():
+        pytest.skip("no fused kernels to measure here: no compiler, or OFTSR_KERNELS=torch")
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(bench, "clock", once)
+    monkeypatch.setattr(model, "keep_freed_memory", lambda: None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_kernel(dtype, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "product_speed", lambda device: 1e6)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e6)
+    bench.main(["kernels", "--device", "cpu", "--size", "32", "--dtype", dtype])
+    said = capsys.readouterr().out
+    assert "all results match" in said
+    assert all(f"\n{name} " in said for name in ("noise_augment", "distill_loss", "to_uint8", "dopri5_error")) and ("\nconv " in said) == (dtype == "float32")
+
+
+def test_a_wrong_kernel_is_found(monkeypatch):
+    right = kernels.euler_step_
+    monkeypatch.setattr(kernels, "euler_step_", lambda x_in, v, dt: right(x_in, v, 1.01 * dt))
+    with pytest.raises(SystemExit, match="euler_step_ does not match its reference"):
+        bench.main(["kernels", "--device", "cpu", "--size", "16", "--only", "euler_step_"])
+
+
+def test_the_network(capsys, monkeypatch):
+    monkeypatch.setitem(model.PRESETS, "ffhq", dict(channels=64, mults=(1, 2), blocks=1, attention=(2,), out_channels=6))
+    bench.main(["model", "--device", "cpu", "--size", "32"])
+    said = capsys.readouterr().out
+    assert "all results match" in said and "float32, as published" in said
