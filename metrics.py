@@ -2,6 +2,7 @@
 
     psnr_rgb, psnr_y, ssim_y     arithmetic, against the true picture
     lpips                        AlexNet's opinion, against the true picture
+    niqe                         how unlike the statistics of good photographs it is; without a true picture
 
 A picture's metric is a function of two batches, restored and true, (B, 3, H, W) uint8, to (B,). `pick_metrics` makes the
 table of those that a run measures; `measure` reads two files and goes through it.
@@ -12,14 +13,16 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage, special
 
 from console import InputError
 from degradations import to_float
 from pictures import read_image
 
-METRICS = {"psnr_rgb": 3, "psnr_y": 3, "ssim_y": 4, "lpips": 4}  # decimals
+METRICS = {"psnr_rgb": 3, "psnr_y": 3, "ssim_y": 4, "lpips": 4, "niqe": 3}  # decimals
 WINDOW = 11  # side of SSIM's
 
 
@@ -70,6 +73,76 @@ def ssim_y(a, b, crop):
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     s = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
     return s.mean(dim=(1, 2, 3))
+
+
+# --- NIQE (Mittal et al. 2013), without a true picture: how far the statistics of a picture's blocks are from good photographs' ---
+
+NIQE_MODEL = Path(__file__).parent / "assets" / "niqe_pris_params.npz"  # of good photographs: mean and covariance of 36 features
+BLOCK = 96  # side of a block in pixels
+SHAPES = np.arange(0.2, 10.001, 0.001)  # exponents that are tried for a generalised Gaussian
+MOMENTS = special.gamma(2 / SHAPES) ** 2 / (special.gamma(1 / SHAPES) * special.gamma(3 / SHAPES))  # E|x|^2 / E x^2 of each
+
+
+def niqe(a):
+    """NIQE of each picture, lower is better: a (B, 3, H, W) uint8 -> (B,) float64. Of the luma (16 to 235, rounded), as BasicSR has it.
+
+    With features f of the blocks, of mean mu and covariance S, and mu_0 and S_0 those of good photographs:
+    sqrt((mu - mu_0)^T ((S + S_0) / 2)^-1 (mu - mu_0)). In float64, as MATLAB's; the float32 halving of Python's versions moves
+    small pictures by up to .01. Raises InputError for a picture of less than two blocks of 96 x 96.
+    """
+    if (a.shape[2] // BLOCK) * (a.shape[3] // BLOCK) < 2:
+        raise InputError(f"NIQE needs two blocks of {BLOCK} x {BLOCK} pixels: {a.shape[3]} x {a.shape[2]} is too small")
+    good = np.load(NIQE_MODEL)
+    return torch.tensor([_niqe(y, good["mu_pris_param"], good["cov_pris_param"]) for y in luma(a).round()[:, 0].numpy()], dtype=torch.float64)
+
+
+def _niqe(y, good_mean, good_covariance):
+    y = y[: y.shape[0] // BLOCK * BLOCK, : y.shape[1] // BLOCK * BLOCK]
+    features = np.hstack([block_features(normalised(y), BLOCK), block_features(normalised(halved(y)), BLOCK // 2)])  # (blocks, 36)
+    whole = features[~np.isnan(features).any(1)]
+    d = good_mean - np.nanmean(features, axis=0)
+    return float(np.sqrt(d @ np.linalg.pinv((good_covariance + np.cov(whole, rowvar=False)) / 2) @ d.T).item())
+
+
+def normalised(y):
+    """y (H, W) less its local mean, in units of its local deviation plus 1: what is left of a good photograph is nearly Gaussian."""
+    mean = lambda x: ndimage.gaussian_filter(x, 7 / 6, mode="nearest", radius=3)
+    mu = mean(y)
+    return (y - mu) / (np.sqrt(np.abs(mean(y * y) - mu * mu)) + 1)
+
+
+def halved(y):
+    """y (H, W) at half its size by MATLAB's imresize: Keys' cubic, twice as wide, the edges mirrored."""
+    d = np.array([3.5, 2.5, 1.5, 0.5, 0.5, 1.5, 2.5, 3.5]) / 2
+    kernel = np.where(d < 1, (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2)
+    for axis in (0, 1):
+        y = ndimage.correlate1d(y, kernel / kernel.sum(), axis=axis, mode="reflect")
+        y = y.take(range(1, y.shape[axis], 2), axis=axis)
+    return y
+
+
+def block_features(x, side):
+    """The 18 features of each block of x (H, W): shape and width of the values, and of their products with four neighbours: (blocks, 18)."""
+    h, w = (n // side for n in x.shape)
+    blocks = x.reshape(h, side, w, side).swapaxes(1, 2).reshape(h * w, side, side)
+    shape, left, right = asymmetric_gaussian(blocks)
+    features = [shape, (left + right) / 2]
+    for shift in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        shape, left, right = asymmetric_gaussian(blocks * np.roll(blocks, shift, axis=(1, 2)))
+        features += [shape, (right - left) * special.gamma(2 / shape) / special.gamma(1 / shape), left, right]
+    return np.stack(features, axis=1)
+
+
+def asymmetric_gaussian(blocks):
+    """The generalised Gaussian, with a width for each side, that has the moments of each block's values: shape, left, right, (blocks,) each."""
+    values = blocks.reshape(len(blocks), -1)
+    rms = lambda part: np.sqrt((np.square(values) * part).sum(1) / part.sum(1))
+    left, right = rms(values < 0), rms(values > 0)
+    ratio = left / right
+    moment = np.abs(values).mean(1) ** 2 / np.square(values).mean(1) * (ratio**3 + 1) * (ratio + 1) / (ratio**2 + 1) ** 2
+    shape = SHAPES[np.abs(MOMENTS - moment[:, None]).argmin(1)]
+    width = np.sqrt(special.gamma(1 / shape) / special.gamma(3 / shape))
+    return shape, left * width, right * width
 
 
 # --- networks: found on this machine, never downloaded ---

@@ -79,27 +79,47 @@ void filter2d(Shape s, const int64_t* sizes, int64_t k, const float* filters, co
 
 // ---- resizing
 
-void resample(Shape s, Taps rows, Taps cols, const float* x, float* y) {
-  for_each(s.B * s.C, [&](int64_t plane) {
-    int64_t b = plane / s.C;
-    const float* in = x + plane * s.H * s.W;
-    float* out = y + plane * rows.length * cols.length;
-    const int64_t *ri = rows.index + b * rows.length * rows.taps, *ci = cols.index + b * cols.length * cols.taps;
-    const float *rw = rows.weight + b * rows.length * rows.taps, *cw = cols.weight + b * cols.length * cols.taps;
-    std::vector<float> line(s.W);
-    for (int64_t i = 0; i < rows.length; i++) {
-      std::fill(line.begin(), line.end(), 0.0f);
-      for (int64_t t = 0; t < rows.taps; t++) {
-        float weight = rw[i * rows.taps + t];
-        const float* row = in + ri[i * rows.taps + t] * s.W;
-        if (weight == 0) continue;
-#pragma omp simd
-        for (int64_t j = 0; j < s.W; j++) line[j] += weight * row[j];
+// One picture's taps, those of a place side by side with its neighbours': weight[t][i], index[t][i], for the i < length that have any.
+struct Places {
+  int64_t length = 0, extent = 0;  // extent: one more than the largest index
+  std::vector<int32_t> index;
+  std::vector<float> weight;
+  Places(Taps taps, int64_t b) : index(taps.length * taps.taps), weight(taps.length * taps.taps) {
+    for (int64_t i = 0; i < taps.length; i++) {
+      for (int64_t t = 0; t < taps.taps; t++) {
+        int64_t from = (b * taps.length + i) * taps.taps + t, to = t * taps.length + i;
+        index[to] = int32_t(taps.index[from]);
+        weight[to] = taps.weight[from];
+        if (weight[to] != 0) length = i + 1, extent = std::max<int64_t>(extent, index[to] + 1);
       }
-      for (int64_t j = 0; j < cols.length; j++) {
-        float sum = 0;
-        for (int64_t t = 0; t < cols.taps; t++) sum += cw[j * cols.taps + t] * line[ci[j * cols.taps + t]];
-        out[i * cols.length + j] = sum;
+    }
+  }
+};
+
+void resample(Shape s, Taps rows, Taps cols, const float* x, float* y) {
+  for_each(s.B, [&](int64_t b) {
+    Places down(rows, b), along(cols, b);
+    std::vector<float> line(s.W);
+    for (int64_t plane = b * s.C; plane < (b + 1) * s.C; plane++) {
+      const float* in = x + plane * s.H * s.W;
+      float* out = y + plane * rows.length * cols.length;
+      std::fill(out, out + rows.length * cols.length, 0.0f);
+      for (int64_t i = 0; i < down.length; i++, out += cols.length) {
+        std::fill(line.begin(), line.end(), 0.0f);
+        for (int64_t t = 0; t < rows.taps; t++) {
+          float weight = down.weight[t * rows.length + i];
+          const float* row = in + down.index[t * rows.length + i] * s.W;
+          if (weight == 0) continue;
+#pragma omp simd
+          for (int64_t j = 0; j < along.extent; j++) line[j] += weight * row[j];
+        }
+        for (int64_t t = 0; t < cols.taps; t++) {
+          const float* weight = &along.weight[t * cols.length];
+          const int32_t* index = &along.index[t * cols.length];
+          const float* from = line.data();
+#pragma omp simd
+          for (int64_t j = 0; j < along.length; j++) out[j] += weight[j] * from[index[j]];
+        }
       }
     }
   });
@@ -119,7 +139,7 @@ void photon_noise(Shape s, const int64_t* sizes, const float* amount, const bool
     if (amount[b] == 0) return;
     int64_t seed = seeds[b], channels = gray[b] ? 1 : 3;
     std::vector<float> z(3 * h * w), v(3 * h * w);  // the normals and the 8-bit values, of 1 or 3 channels
-    normal(Cpu(), Shape{1, channels, h, w}, PerImage<int64_t>{&seed, 1}, stream, z.data());
+    normal(Cpu(), Shape{1, channels, h, w}, PerImage<int64_t>{&seed, 1}, stream, Corner{0, 0}, z.data());
     if (!gaussian[b]) {
       bool seen[256] = {};
       for (int64_t c = 0; c < channels; c++) {
