@@ -8,6 +8,7 @@ run is the same picture, crop and flip on one GPU and on eight.
 """
 import argparse
 import itertools
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -16,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from console import InputError, in_range
-from degradations import degrade, to_float
+from console import InputError, Parser, in_range
+from degradations import H_T, degrade, to_float
 from folders import ASSETS, expected, keep_split, list_hash, note, split_folder
 from model import PRESETS
-from pictures import read_image
+from pictures import probe, read_image
 
 
 # --- tasks: a row is everything an experiment of the paper fixes ---
@@ -92,11 +93,11 @@ def add_task_flags(parser):
     g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
 
 
-def resolve_task(args, row=None):
-    """The row that --dataset names (or the row given), with the cells that other flags override."""
+def resolve_task(args, row=None, training=True):
+    """The row that --dataset names (or the row given), with the cells that other flags override. Raises InputError where they do not fit each other."""
     given = {f.name: v for f in fields(Task) if f.name != "name" and (v := getattr(args, f.name, None)) is not None}
     task = replace(row or TASKS[args.dataset], **given)
-    if task.image_size % task.scale:
+    if task.image_size % task.scale and (training or task.crop == "center"):  # whole pictures are measured less their last rows
         raise InputError(f"--image_size {task.image_size} is not a multiple of --scale {task.scale}")
     if -1 < task.strength < 0:
         raise InputError(f"--strength {task.strength:g} should lie between 0 and 1, or be -1: drawn by picture")
@@ -157,6 +158,60 @@ def spread(items, count):
     return [items[i * len(items) // count] for i in range(count)] if count < len(items) else items
 
 
+# --- pairs from disk: --lr_dir ---
+
+LOW, HIGH = re.compile(r"(_lr\d*|x\d+)$", re.IGNORECASE), re.compile(r"_hr$", re.IGNORECASE)  # RealSR's and DIV2K's endings of stems
+
+
+def find_partners(paths, lr_dir):
+    """The low-resolution file of each true picture: {path: path of lr_dir}, paired by stem less _HR, and _LR, _LR4 or x4 (RealSR, DIV2K).
+
+    Both kinds may lie in one folder: what is named as low-resolution there is no true picture. Raises InputError that
+    names a picture without a partner, or with two.
+    """
+    low = {}
+    for p in list_images(lr_dir):
+        if not HIGH.search(p.stem) and low.setdefault(LOW.sub("", p.stem), p) is not p:
+            raise InputError(f"{low[LOW.sub('', p.stem)]} and {p} are both of {LOW.sub('', p.stem)}: which is meant?")
+    alike = {p.resolve() for p in low.values()}
+    truth = {p: HIGH.sub("", p.stem) for p in paths if p.resolve() not in alike}
+    alone = [(p, stem) for p, stem in truth.items() if stem not in low]
+    if alone or not truth:
+        raise InputError(f"{alone[0][0]} has no partner {alone[0][1]}.* in {lr_dir} ({len(alone)} of {len(truth)} have none)" if alone
+                         else f"{lr_dir} holds the true pictures themselves: low-resolution ones end in _LR4 or lie in a folder of their own")
+    return {p: low[stem] for p, stem in truth.items()}
+
+
+def check_pair(low, h, w, path, H, W, scale):
+    """Raises InputError that names a pair whose sizes do not fit: the true picture is exactly scale times larger."""
+    if (H, W) != (h * scale, w * scale):
+        raise InputError(f"{low} is {w} x {h} and {path} {W} x {H}: for --scale {scale} it should be {w * scale} x {h * scale}")
+
+
+def read_pair(path, low, scale):
+    """Both pictures of a pair, uint8 (H, W, 3) and (h, w, 3). Raises InputError if one cannot be read or they do not fit."""
+    image, small = read_image(path), read_image(low)
+    check_pair(low, *small.shape[:2], path, *image.shape[:2], scale)
+    return image, small
+
+
+def validation_pairs(low, task, count):
+    """The middles, of the task's size, of `count` pairs {path: path}, spread evenly: (N, 3, S, S) and (N, 3, S/scale, S/scale) uint8."""
+    pairs = []
+    for path, partner in spread(sorted(low.items()), count):
+        image, small = read_pair(path, partner, task.scale)
+        check_side(path, *image.shape[:2], task)
+        y, x = ((n - task.image_size) // 2 // task.scale for n in image.shape[:2])
+        pairs.append([torch.from_numpy(part.transpose(2, 0, 1).copy()) for part in cut_pair(image, small, y, x, task)])
+    return [torch.stack(parts) for parts in zip(*pairs)]
+
+
+def cut_pair(image, small, y, x, task):
+    """The task's size of both pictures from the low-resolution pixel (y, x) on."""
+    s, size = task.scale, task.image_size
+    return image[y * s : y * s + size, x * s : x * s + size], small[y : y + size // s, x : x + size // s]
+
+
 # --- datasets ---
 
 
@@ -184,11 +239,13 @@ def center_crop(image, size):
 class Pictures(torch.utils.data.Dataset):
     """Training pictures: item (index, n) is (3, S, S) uint8 and n, the crop and flips being drawn from (seed, n).
 
+    low: {path: path of its low-resolution partner}, of which the same part comes third, (3, S/scale, S/scale); cuts are anywhere then.
     A picture that is broken, or too small for the task, is replaced by the next one with a warning that names it; when
     more than 1 % are broken, or none is large enough, InputError.
     """
 
-    def __init__(self, paths, task, seed):
+    def __init__(self, paths, task, seed, low=None):
+        self.low = low
         self.paths, self.task, self.seed, self.broken, self.small = paths, task, seed, set(), set()
 
     def __len__(self):
@@ -198,14 +255,14 @@ class Pictures(torch.utils.data.Dataset):
         for i in itertools.count(index):
             path = self.paths[i % len(self)]
             try:
-                image = read_image(path)
+                image, small = read_pair(path, self.low[path], self.task.scale) if self.low else (read_image(path), None)
             except InputError as e:
                 self.skip(path, self.broken, e)
                 if len(self.broken) > 0.01 * len(self):
                     raise InputError(f"{len(self.broken)} of {len(self)} training pictures cannot be used, the last: {e}") from None
                 continue
             if fits(image.shape[1], image.shape[0], self.task):
-                return image
+                return image, small
             e = f"{path} is {image.shape[1]} x {image.shape[0]}, smaller than the {self.task.image_size} pixels of {self.task.name}"
             self.skip(path, self.small, e)
             if i - index >= len(self):
@@ -219,17 +276,21 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, n = key
         rng, size = np.random.default_rng([self.seed, n]), self.task.image_size
-        image = self.load(index)
-        if self.task.crop == "random":
+        image, small = self.load(index)
+        if self.low:
+            y, x = (int(rng.integers((d - size) // self.task.scale + 1)) for d in image.shape[:2])
+            parts = cut_pair(image, small, y, x, self.task)
+        elif self.task.crop == "random":
             y, x = (int(rng.integers(d - size + 1)) for d in image.shape[:2])
-            image = image[y : y + size, x : x + size]
+            parts = [image[y : y + size, x : x + size]]
         else:
-            image = np.asarray(center_crop(Image.fromarray(image), size))
+            parts = [np.asarray(center_crop(Image.fromarray(image), size))]
         if rng.random() < self.task.hflip:
-            image = image[:, ::-1]
+            parts = [part[:, ::-1] for part in parts]
         if rng.random() < self.task.vflip:
-            image = image[::-1]
-        return torch.from_numpy(image.transpose(2, 0, 1).copy()), n
+            parts = [part[::-1] for part in parts]
+        x_1, *y = (torch.from_numpy(part.transpose(2, 0, 1).copy()) for part in parts)
+        return x_1, n, *y
 
 
 class Order(torch.utils.data.Sampler):
@@ -251,11 +312,11 @@ class Order(torch.utils.data.Sampler):
             yield int(order[i]), n
 
 
-def training_batches(paths, task, seed, batch_size, start, rank, world, num_workers):
-    """Batches without end, from picture number `start` on: ((B, 3, S, S) uint8, (B,) int64 picture numbers)."""
+def training_batches(paths, task, seed, batch_size, start, rank, world, num_workers, low=None):
+    """Batches without end, from picture number `start` on: ((B, 3, S, S) uint8, (B,) int64 picture numbers); with `low`, as Pictures has it, its parts third."""
     order = Order(len(paths), seed, start, rank, world)
     return iter(torch.utils.data.DataLoader(
-        Pictures(paths, task, seed), batch_size, sampler=order, num_workers=num_workers,
+        Pictures(paths, task, seed, low), batch_size, sampler=order, num_workers=num_workers,
         pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0))
 
 
@@ -303,14 +364,19 @@ def uniform_times(seed, numbers):
     return ((numbers.double() * ((5**0.5 - 1) / 2) + offset) % 1).float().clamp(max=1 - 2**-24)
 
 
-def measure_sigma_d(paths, task, seed, count=256):
+def low_resolution(x_1, y, task, seeds):
+    """x_lr (B, 3, S, S) of the true pictures x_1 in [-1, 1]: of y, a list that holds their partners uint8, or else degraded by the task."""
+    return H_T(to_float(y[0].to(x_1.device)), task.degradation, task.scale) if y else degrade(x_1, task, seeds)
+
+
+def measure_sigma_d(paths, task, seed, count=256, low=None):
     """sigma_d of the preconditioning: the root mean square of x_1 - x_lr (whose mean is about 0) over `count` crops, in training's order."""
-    batches = training_batches(paths, task, seed, min(count, 32), 0, 0, 1, 0)
+    batches = training_batches(paths, task, seed, min(count, 32), 0, 0, 1, 0, low)
     total, pixels = 0.0, 0
     for _ in range(max(1, count // 32)):
-        x_1, n = next(batches)
+        x_1, n, *y = next(batches)
         x_1 = to_float(x_1)
-        d = x_1 - degrade(x_1, task, image_seeds(seed, n))
+        d = x_1 - low_resolution(x_1, y, task, image_seeds(seed, n))
         total, pixels = total + d.double().square().sum().item(), pixels + d.numel()
     return (total / pixels) ** 0.5
 
@@ -323,9 +389,9 @@ def picture_sizes(paths, count=2000):
     sizes, broken = [], []
     for path in spread(paths, count):
         try:
-            with Image.open(path) as im:
-                sizes.append((im.size, path))
-        except Exception:  # Pillow raises whatever a broken file leads it to
+            p = probe(path)
+            sizes.append(((p.width, p.height), path))
+        except InputError:
             broken.append(path)
     return sorted(sizes, key=lambda item: min(item[0])), broken
 
@@ -352,7 +418,7 @@ def describe(split, task):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="What a training would use of a folder of pictures.", allow_abbrev=False)
+    p = Parser(description="What a training would use of a folder of pictures.")
     add_task_flags(p)
     p.add_argument("--data_dir", help="the folder (default: data/DATASET)")
     args = p.parse_args(argv)

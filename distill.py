@@ -25,7 +25,6 @@ import kernels
 import teachers
 import training
 from console import InputError, in_range
-from degradations import degrade
 from evaluate import validate
 from flow import RK2_NODES, integrate, mean_slope, one_step
 from metrics import load_lpips
@@ -233,6 +232,7 @@ def main(argv=None):
     checkpoint = training.find_checkpoint(run)
     model, meta = (build(checkpoint["model"]), None) if checkpoint else start_network(args, task, teacher)
     train_paths, val_paths = training.find_pictures(run, checkpoint, [teacher_meta, meta])
+    train_paths, val_paths, low = training.pairs(train_paths, val_paths, args)
 
     # --- model ---
     training.announce(run, model, train_paths, val_paths)
@@ -250,7 +250,7 @@ def main(argv=None):
 
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
-    val = data.validation_pictures(val_paths, task, args.eval_pictures) if run.master else None
+    val = training.validation(val_paths, low, run) if run.master else None
     if run.master:
         training.rewind_log(run.out_dir / "log.jsonl", state.step)
 
@@ -265,7 +265,7 @@ def main(argv=None):
         {"distill": 1, "align": args.lambda_align, "bc": args.lambda_bc}  # and their weights, Eq. (12); the critic's loss is its own
     lambdas = torch.tensor([*parts.values()], dtype=torch.float32, device=run.device)
     signals, stop = training.Signals(), 0  # stop: the signal that all processes have agreed to stop for
-    batches = training.batches(run, train_paths, state.step)
+    batches = training.batches(run, train_paths, state.step, low)
     meter = training.Meter(run, (len(parts) + 1,), state.step)  # the losses and the count
     bar = tqdm(total=args.max_iters, initial=state.step, disable=None if run.master else True, unit="step")
     saved = state.step  # the step that ckpt.pt holds
@@ -273,7 +273,7 @@ def main(argv=None):
         if state.step > saved and (state.step % args.eval_interval == 0 or state.step >= args.max_iters or stop):
             if run.master and not stop:
                 state.ema.copy_to(ema_model)
-                state.scores, grid = validate(predict, val, task, lpips, run.device)
+                state.scores, grid = validate(predict, *val, task, lpips, run.device)
                 training.log(run, dict(step=state.step, **state.scores))
                 write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
             if run.master:
@@ -287,8 +287,7 @@ def main(argv=None):
 
         training.before_update(run, state)
         for micro in range(args.gradient_accumulation_steps):
-            x_1, n, seeds, t = training.next_batch(run, batches)
-            x_lr = degrade(x_1, task, seeds)
+            x_1, x_lr, n, seeds, t = training.next_batch(run, batches)
             with run.autocast():
                 x_in = teacher.start(teacher.to_latents(x_lr), task.sigma_p, seeds)
             last = micro == args.gradient_accumulation_steps - 1

@@ -16,6 +16,7 @@ from PIL import Image
 
 from console import InputError
 from degradations import H_T
+from dial import along_map, map_window
 from flow import integrate, one_step
 from kernels import noise_augment
 from pictures import to_planes
@@ -116,22 +117,32 @@ def lr_window(colour, task):
 
 @torch.no_grad()
 def restore_tile(model, x_lr, sigma_p, seed, corner, t=1.0, solver=None, steps=8, rtol=1e-3, atol=1e-3, dtype=torch.float32):
-    """One tile, x_lr (1, 3, H, W) whose first pixel is the whole picture's `corner`: (x_1 (3, H, W) float32 on x_lr's device, evaluations)."""
-    device, m = next(model.parameters()).device, model.multiple
+    """One tile, x_lr (1, 3, H, W) whose first pixel is the whole picture's `corner`: (x_1 (3, H, W) float32 on x_lr's device, evaluations).
+
+    t: a number, or a tensor (H, W) of each pixel's own.
+    """
+    device, m, nfe = next(model.parameters()).device, model.multiple, 0
     size = [-(-max(side, 64) // m) * m for side in x_lr.shape[2:]]  # group norm wants something to average over
     x_in = noise_augment(reflect_to(x_lr, *size).to(device), sigma_p, torch.tensor([seed], device=device), corner)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    with autocast:
-        x_1, nfe = (one_step(model, x_in, t), 1) if solver is None else integrate(model, x_in, solver, steps, rtol, atol, t)
-    return x_1[0, :, : x_lr.shape[2], : x_lr.shape[3]].float().to(x_lr.device), nfe
+
+    def at(t):
+        nonlocal nfe
+        with autocast:
+            x_1, n = (one_step(model, x_in, t), 1) if solver is None else integrate(model, x_in.clone(), solver, steps, rtol, atol, t)
+        nfe += n
+        return x_1[0, :, : x_lr.shape[2], : x_lr.shape[3]].float().to(x_lr.device)
+
+    return (along_map(at, t) if torch.is_tensor(t) else at(t)), nfe
 
 
-def restore_rows(model, window, height, width, sigma_p, seed, t=1.0, tile=0, tile_pad=32, progress=None, **how):
+def restore_rows(model, window, height, width, sigma_p, seed, t=1.0, tile=0, tile_pad=32, progress=None, t_map=None, **how):
     """One picture through the network, from the top down: yields (rows (3, n, width) float32, evaluations so far), all rows in order.
 
     window(top, bottom, left, right) is that part of x_lr, (1, 3, bottom - top, right - left); seed: of the noise, drawn for
     the whole picture. tile: 0 (in one piece), a side in pixels (tiles that overlap by 2 tile_pad and blend) or "official"
-    (see official_tiles). progress(share): called after each tile with its share of the work; how: see restore_tile.
+    (see official_tiles). progress(share): called after each tile with its share of the work; t_map, in place of t: see
+    dial.map_window; how: see restore_tile.
     Memory is a tile's, and that of one row of tiles.
     """
     check_tile(tile, tile_pad)
@@ -150,7 +161,8 @@ def restore_rows(model, window, height, width, sigma_p, seed, t=1.0, tile=0, til
             band = torch.cat([band, torch.zeros(3, bottom - top - band.shape[1], width)], dim=1)
         i, j = rows[y : y + len(wy)], columns[x : x + len(wx)]
         x_lr = window(*(int(n) for n in (i.min(), i.max() + 1, j.min(), j.max() + 1)))
-        x_1, n = restore_tile(model, x_lr[:, :, i - i.min()][..., j - j.min()], sigma_p, seed, (y, x), t, **how)
+        here = t if t_map is None else map_window(t_map, height, width, i, j)
+        x_1, n = restore_tile(model, x_lr[:, :, i - i.min()][..., j - j.min()], sigma_p, seed, (y, x), here, **how)
         nfe = max(nfe, n)
         x_1 = x_1.cpu() * (wy[:, None] * wx)
         band[:, y - top : bottom - top, x:right] += x_1[:, : bottom - y, : right - x]

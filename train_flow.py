@@ -21,7 +21,6 @@ import data
 import kernels
 import training
 from console import InputError, in_range
-from degradations import degrade
 from evaluate import validate
 from flow import integrate, one_step
 from metrics import load_lpips
@@ -46,21 +45,20 @@ def flow_loss(model, x_in, target, t, kind):
     return (error.abs() if kind == "l1" else error.square()).mean(dim=(1, 2, 3))
 
 
-def make_pair(x_1, seeds, t, task, args, to_latents):
-    """What the network is given, and shown: x_1 (B, 3, S, S), seeds and t in [0, 1) (B,) -> x_in (B, 6, S, S), target (B, 3, S, S), t (B,).
+def make_pair(x_1, x_lr, seeds, t, task, args, to_latents):
+    """What the network is given, and shown: x_1, x_lr (B, 3, S, S), seeds and t in [0, 1) (B,) -> x_in (B, 6, S, S), target (B, 3, S, S), t (B,).
 
     In the network's space, smaller where it has an autoencoder: to_latents.
     """
     t = ((t - args.t0_share) / (1 - args.t0_share)).clamp(min=0)
-    x_lr = degrade(x_1, task, seeds)
     return *kernels.flow_training_pair(to_latents(x_1), to_latents(x_lr), t, task.sigma_p, seeds), t
 
 
-def start_network(args, task, train_paths, start, meta):
+def start_network(args, task, train_paths, low, start, meta):
     """What a new run starts from: (arguments of UNet, its weights or None). start and meta: what --init_from names, if a file. Raises InputError if it does not fit."""
     if start is None:
         precond = PRESETS[task.model].get("precond")
-        sigma_d = data.measure_sigma_d(train_paths, task, args.seed) if precond and train_paths else 1.0  # 1: a dry run without data
+        sigma_d = data.measure_sigma_d(train_paths, task, args.seed, low=low) if precond and train_paths else 1.0  # 1: a dry run without data
         return network_config(task.model, task.condition, task.sigma_p, sigma_d), None
     if meta["stage"] == "distill":
         raise InputError(f"{args.init_from} is a distilled student: stage 1 starts from scratch or from a flow")
@@ -81,9 +79,10 @@ def main(argv=None):
     named = args.init_from not in ("scratch", "resume") and not training.absent(args, args.init_from)
     start, meta = load_model(args.init_from, model=task.model) if named else (None, None)
     train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
+    train_paths, val_paths, low = training.pairs(train_paths, val_paths, args)
 
     # --- model ---
-    config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths, start, meta)
+    config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths, low, start, meta)
     with torch.device("meta" if args.dry_run else "cpu"):
         model = build(config)
     training.announce(run, model, train_paths, val_paths)
@@ -100,7 +99,7 @@ def main(argv=None):
 
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
-    val = data.validation_pictures(val_paths, task, args.eval_pictures) if run.master else None
+    val = training.validation(val_paths, low, run) if run.master else None
     if run.master:
         training.rewind_log(run.out_dir / "log.jsonl", state.step)
 
@@ -112,7 +111,7 @@ def main(argv=None):
 
     # --- the loop ---
     signals, stop = training.Signals(), 0  # stop: the signal that all processes have agreed to stop for
-    batches = training.batches(run, train_paths, state.step)
+    batches = training.batches(run, train_paths, state.step, low)
     meter = training.Meter(run, (2, 10), state.step)  # loss and count by tenth of t
     bar = tqdm(total=args.max_iters, initial=state.step, disable=None if run.master else True, unit="step")
     saved = state.step  # the step that ckpt.pt holds
@@ -120,7 +119,7 @@ def main(argv=None):
         if state.step > saved and (state.step % args.eval_interval == 0 or state.step >= args.max_iters or stop):
             if run.master and not stop:
                 state.ema.copy_to(ema_model)
-                state.scores, grid = validate(predict, val, task, lpips, run.device)
+                state.scores, grid = validate(predict, *val, task, lpips, run.device)
                 training.log(run, dict(step=state.step, **state.scores))
                 write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
             if run.master:
@@ -134,8 +133,8 @@ def main(argv=None):
 
         training.before_update(run, state)
         for micro in range(args.gradient_accumulation_steps):
-            x_1, n, seeds, t = training.next_batch(run, batches)
-            x_in, target, t = make_pair(x_1, seeds, t, task, args, model.to_latents)
+            x_1, x_lr, n, seeds, t = training.next_batch(run, batches)
+            x_in, target, t = make_pair(x_1, x_lr, seeds, t, task, args, model.to_latents)
             training.exchange_gradients(net, micro == args.gradient_accumulation_steps - 1)
             with run.autocast():
                 losses = flow_loss(net, x_in, target, t, task.loss)

@@ -27,7 +27,7 @@ from degradations import to_float
 from model import UNet, count_macs, keep_freed_memory, load_checkpoint, pick_device, pick_dtype, save_release
 
 # Settings that may change on resume: what they change is not what is learnt.
-FREE = {"init_from", "max_iters", "out_dir", "data_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
+FREE = {"init_from", "max_iters", "out_dir", "data_dir", "lr_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
         "always_save_checkpoint", "lpips_backbone", "num_workers", "compile", "dry_run", "dataset"}
 
 
@@ -38,6 +38,7 @@ def add_training_flags(parser):
     """The flags that both stages share, in groups. Those of data.RECIPES are None unless given: `fill_in`."""
     number, whole = in_range(float, 0), in_range(int, 0)
     g = parser.add_argument_group("training")
+    g.add_argument("--lr_dir", help="folder of low-resolution pictures, each of a true picture's name: train on these pairs instead of on what H makes")
     g.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     g.add_argument("--seed", type=in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips, noise and initial weights")
     g.add_argument("--batch_size", type=in_range(int, 1), help="pictures a step and process (default: the task's batch, shared by the processes)")
@@ -266,19 +267,34 @@ def release(run, state, ema_model):
 # --- one step ---
 
 
-def batches(run, paths, step):
-    """The batches of this process from update `step` on, without end: ((B, 3, S, S) uint8, (B,) int64 picture numbers)."""
+def batches(run, paths, step, low=None):
+    """The batches of this process from update `step` on, without end: data.training_batches says of what."""
     workers = run.args.num_workers
     if workers < 0:
         workers = 0 if run.device.type == "cpu" else min(8, os.cpu_count() // run.local_world)
-    return data.training_batches(paths, run.task, run.args.seed, run.args.batch_size, step * run.per_step, run.rank, run.world, workers)
+    return data.training_batches(paths, run.task, run.args.seed, run.args.batch_size, step * run.per_step, run.rank, run.world, workers, low)
+
+
+def pairs(train_paths, val_paths, args):
+    """The lists with --lr_dir's partners: (train paths, val paths, {path: partner} of both); without it, as they were, and None."""
+    if not args.lr_dir:
+        return train_paths, val_paths, None
+    low = data.find_partners([*train_paths, *val_paths], args.lr_dir)
+    return [p for p in train_paths if p in low], [p for p in val_paths if p in low], low
+
+
+def validation(val_paths, low, run):
+    """What `validate` looks at: (x_1 (N, 3, S, S) uint8, its partners or None)."""
+    if low:
+        return data.validation_pairs({p: low[p] for p in val_paths}, run.task, run.args.eval_pictures)
+    return data.validation_pictures(val_paths, run.task, run.args.eval_pictures), None
 
 
 def next_batch(run, loader):
-    """One batch on the device: x_1 (B, 3, S, S) in [-1, 1], picture numbers n (B,), their noise seeds and times t in [0, 1), (B,)."""
-    x_1, n = next(loader)
-    x_1 = to_float(x_1.to(run.device, non_blocking=True))
-    return x_1, n, data.image_seeds(run.args.seed, n).to(run.device), data.uniform_times(run.args.seed, n).to(run.device)
+    """One batch on the device: x_1 and x_lr (B, 3, S, S) in [-1, 1], picture numbers n (B,), their noise seeds and times t in [0, 1), (B,)."""
+    x_1, n, *y = next(loader)
+    x_1, seeds = to_float(x_1.to(run.device, non_blocking=True)), data.image_seeds(run.args.seed, n).to(run.device)
+    return x_1, data.low_resolution(x_1, y, run.task, seeds), n, seeds, data.uniform_times(run.args.seed, n).to(run.device)
 
 
 def learning_rate(step, args):
