@@ -21,7 +21,7 @@ from console import InputError, Parser, in_range
 from degradations import H_T, degrade, to_float
 from folders import ASSETS, expected, keep_split, list_hash, note, split_folder
 from model import PRESETS
-from pictures import probe, read_image
+from pictures import list_images, probe, read_image
 
 
 # --- tasks: a row is everything an experiment of the paper fixes ---

@@ -341,7 +341,7 @@ def test_niqe_is_the_published_but_for_its_float32_halving(monkeypatch):
         assert published.niqe(y, mean[:1], covariance[None]).item() == pytest.approx(ours, abs=0.02)
         with monkeypatch.context() as m:
             m.setattr(published, "imresize", lambda x, scale, antialiasing: torch.from_numpy(halved(x[0, 0].numpy()))[None, None])
-            assert published.niqe(y, mean[:1], covariance[None]).item() == pytest.approx(ours, abs=1e-4)
+            assert published.niqe(y, mean[:1], covariance[None]).item() == pytest.approx(ours, abs=1e-3)
 
 
 def test_niqe_halves_as_matlab_does():
