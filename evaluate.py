@@ -126,14 +126,19 @@ def name_of(path, depth):
     return "_".join([*path.parts[:-1][len(path.parts) - 1 - depth:], path.stem])
 
 
-def check_networks(networks, args):
-    """Raises InputError when the networks cannot share a table, or a flag would be without effect."""
+def check_together(networks):
+    """Raises InputError when networks cannot be measured on the same low-resolution pictures."""
     for i, n in enumerate(networks):
         for other in networks[:i]:
             for cell in ("degradation", "strength", "scale", "sigma_n", "crop", "image_size"):
                 a, b = getattr(other.task, cell), getattr(n.task, cell)
                 if a != b and not (cell == "image_size" and n.task.crop == "random"):
                     raise InputError(f"{other.path} and {n.path} have different tasks ({cell} {a} and {b}): measure them apart, or give --{cell}")
+
+
+def check_networks(networks, args):
+    """Raises InputError when the networks cannot share a table, or a flag would be without effect."""
+    check_together(networks)
     stages = {n.stage for n in networks}
     if (args.solver or args.steps) and "flow" not in stages:
         raise InputError("--solver and --steps are for a stage-1 flow, and none is among the checkpoints")

@@ -22,7 +22,7 @@ from kernels import noise_augment
 from pictures import to_planes
 
 WHOLE = 1280 * 1280  # output pixels up to which a picture is restored in one piece (tile "auto")
-TILE = 768  # side of the tiles above that
+TILE = 1024  # side of the tiles above that: larger ones differ less from one piece, and take more memory
 LEAST_TILE = 128  # what is not halved any more when memory is short
 
 
@@ -229,9 +229,10 @@ def smaller_tile(tile, height, width, tile_pad):
 
 
 def bytes_per_pixel(model, dtype):
-    """About what the network holds at once for an output pixel: 15 maps of its first level and a half (measured, LOG.md)."""
+    """About what the network holds at once for an output pixel: 15 maps of each of its levels (as measured of the shipped one, LOG.md)."""
     c = model.config
-    return 15 * c["channels"] * c["mults"][0] / c["patch"] ** 2 * (4 if dtype == torch.float32 else 3)
+    values = sum(c["channels"] * mult / (c["patch"] * 2**level) ** 2 for level, mult in enumerate(c["mults"]))
+    return 15 * values * (4 if dtype == torch.float32 else 2)
 
 
 def free_memory(device):
