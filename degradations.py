@@ -1,5 +1,6 @@
 """What was done to a picture before one has it: H, the measurement, and H^T, the way back to full size.
 
+    python degradations.py --strength 1 assets/cat.png -o draws.png    # nine accidents of one photograph, to look at
     x_lr = degrade(x_1, task, seeds)      # x_lr = H^T(H(x_1) + n), (B, 3, H, W) in [-1, 1], every draw of a picture from its seed
 
 H is "bicubic", "avgpool", or "real": what happens to pictures in the world, as Real-ESRGAN guesses it (Wang et al. 2021),
@@ -12,8 +13,10 @@ with the settings of ResShift (Yue et al. 2023), which are the paper's Tables 4 
 A strength in [0, 1] scales all of it: 1 is as published, 0 is bicubic reduction to 8 bits and nothing else. What is drawn,
 a few dozen numbers a picture, is drawn by `draw`; what is done with them, pixel by pixel, follows below it in that order.
 """
+import argparse
 import functools
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -266,7 +269,8 @@ def real(x_1, seeds, scale, strength=-1.0):
     seeds (B,) int64; strength as `draw`'s. H and W are multiples of scale.
     """
     harms = [draw(numbers, strength) for numbers in uniforms(seeds, 100)]
-    y = harm(x_1.float() * 0.5 + 0.5, seeds, harms, scale)
+    x, size = x_1.float() * 0.5 + 0.5, 1 if x_1.device.type == "cpu" else len(x_1)  # one picture stays in a CPU's cache
+    y = torch.cat([harm(x[i : i + size], seeds[i : i + size], harms[i : i + size], scale) for i in range(0, len(x), size)])
     untouched = [i for i, h in enumerate(harms) if h.strength == 0]
     if untouched:
         y[untouched] = H(x_1[untouched].float(), "bicubic", scale) * 0.5 + 0.5
@@ -410,3 +414,32 @@ def stack_taps(parts):
         indices[b, : index.shape[0], : index.shape[1]] = index
         weights[b, : index.shape[0], : index.shape[1]] = weight
     return torch.from_numpy(indices), torch.from_numpy(weights)
+
+
+# --- to look at ---
+
+
+def main(argv=None):
+    from console import in_range
+    from pictures import read_image, write_picture
+    p = argparse.ArgumentParser(description="Nine accidents of one photograph, side by side, 4 times smaller.", allow_abbrev=False)
+    p.add_argument("picture", help="a photograph")
+    p.add_argument("-o", "--output", default="draws.png", help="where to write (default: draws.png)")
+    p.add_argument("--strength", type=in_range(float, 0, 1), default=1.0, help="0: bicubic reduction alone; 1: as published (default)")
+    p.add_argument("--seed", type=in_range(int, 0, 2**62), default=0, help="of the first of the nine (default: 0)")
+    p.add_argument("--zoom", type=in_range(int, 1, 16), default=2, help="repeat each pixel so often (default: 2)")
+    args = p.parse_args(argv)
+    image = read_image(args.picture)
+    h, w = (n - n % 4 for n in image.shape[:2])
+    x_1 = to_float(torch.from_numpy(image[:h, :w].copy()).permute(2, 0, 1))
+    y = real(x_1.expand(9, -1, -1, -1), torch.arange(args.seed, args.seed + 9), 4, args.strength)
+    rows = [torch.cat(list(y[i : i + 3]), dim=2) for i in (0, 3, 6)]
+    sheet = kernels.to_uint8(torch.cat(rows, dim=1)[None])[0].numpy()
+    write_picture(args.output, sheet.repeat(args.zoom, 0).repeat(args.zoom, 1))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"degradations.py: {e}")
