@@ -8,7 +8,7 @@ run is the same picture, crop and flip on one GPU and on eight.
 """
 import argparse
 import itertools
-import re
+import signal
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from console import InputError, Parser, in_range
-from degradations import H_T, degrade, to_float
+from degradations import degrade, to_float
 from folders import ASSETS, expected, keep_split, list_hash, note, split_folder
 from model import PRESETS
-from pictures import list_images, probe, read_image
+from pictures import probe, read_image
 
 
 # --- tasks: a row is everything an experiment of the paper fixes ---
@@ -93,6 +93,22 @@ def add_task_flags(parser):
     g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
 
 
+def saved_task(cells, path):
+    """The Task that the file at path says it was made for (a dict), checked: a number of another type or size is not believed. Raises InputError."""
+    known = {f.name: f for f in fields(Task)}
+    limits = dict(scale=(1, 64), sigma_n=(0, 10), strength=(-1, 1), sigma_p=(0, 1), image_size=(8, 65536), hflip=(0, 1), vflip=(0, 1))
+    for name, value in cells.items():
+        if name not in known:
+            raise InputError(f"{path} was made for a task with {name!r}, which this version does not know")
+        kind, (low, high) = known[name].type, limits.get(name, (-2**31, 2**31))
+        right = type(value) in {str: (str,), bool: (bool,), int: (int,), float: (int, float)}[kind]
+        if not right or (kind in (int, float) and not low <= value <= high):
+            raise InputError(f"{path} was made for a task whose {name} is {value!r:.40}, which no task has")
+    if "name" not in cells:
+        raise InputError(f"{path} was made for a task without a name")
+    return Task(**cells)
+
+
 def resolve_task(args, row=None, training=True):
     """The row that --dataset names (or the row given), with the cells that other flags override. Raises InputError where they do not fit each other."""
     given = {f.name: v for f in fields(Task) if f.name != "name" and (v := getattr(args, f.name, None)) is not None}
@@ -158,60 +174,6 @@ def spread(items, count):
     return [items[i * len(items) // count] for i in range(count)] if count < len(items) else items
 
 
-# --- pairs from disk: --lr_dir ---
-
-LOW, HIGH = re.compile(r"(_lr\d*|x\d+)$", re.IGNORECASE), re.compile(r"_hr$", re.IGNORECASE)  # RealSR's and DIV2K's endings of stems
-
-
-def find_partners(paths, lr_dir):
-    """The low-resolution file of each true picture: {path: path of lr_dir}, paired by stem less _HR, and _LR, _LR4 or x4 (RealSR, DIV2K).
-
-    Both kinds may lie in one folder: what is named as low-resolution there is no true picture. Raises InputError that
-    names a picture without a partner, or with two.
-    """
-    low = {}
-    for p in list_images(lr_dir):
-        if not HIGH.search(p.stem) and low.setdefault(LOW.sub("", p.stem), p) is not p:
-            raise InputError(f"{low[LOW.sub('', p.stem)]} and {p} are both of {LOW.sub('', p.stem)}: which is meant?")
-    alike = {p.resolve() for p in low.values()}
-    truth = {p: HIGH.sub("", p.stem) for p in paths if p.resolve() not in alike}
-    alone = [(p, stem) for p, stem in truth.items() if stem not in low]
-    if alone or not truth:
-        raise InputError(f"{alone[0][0]} has no partner {alone[0][1]}.* in {lr_dir} ({len(alone)} of {len(truth)} have none)" if alone
-                         else f"{lr_dir} holds the true pictures themselves: low-resolution ones end in _LR4 or lie in a folder of their own")
-    return {p: low[stem] for p, stem in truth.items()}
-
-
-def check_pair(low, h, w, path, H, W, scale):
-    """Raises InputError that names a pair whose sizes do not fit: the true picture is exactly scale times larger."""
-    if (H, W) != (h * scale, w * scale):
-        raise InputError(f"{low} is {w} x {h} and {path} {W} x {H}: for --scale {scale} it should be {w * scale} x {h * scale}")
-
-
-def read_pair(path, low, scale):
-    """Both pictures of a pair, uint8 (H, W, 3) and (h, w, 3). Raises InputError if one cannot be read or they do not fit."""
-    image, small = read_image(path), read_image(low)
-    check_pair(low, *small.shape[:2], path, *image.shape[:2], scale)
-    return image, small
-
-
-def validation_pairs(low, task, count):
-    """The middles, of the task's size, of `count` pairs {path: path}, spread evenly: (N, 3, S, S) and (N, 3, S/scale, S/scale) uint8."""
-    pairs = []
-    for path, partner in spread(sorted(low.items()), count):
-        image, small = read_pair(path, partner, task.scale)
-        check_side(path, *image.shape[:2], task)
-        y, x = ((n - task.image_size) // 2 // task.scale for n in image.shape[:2])
-        pairs.append([torch.from_numpy(part.transpose(2, 0, 1).copy()) for part in cut_pair(image, small, y, x, task)])
-    return [torch.stack(parts) for parts in zip(*pairs)]
-
-
-def cut_pair(image, small, y, x, task):
-    """The task's size of both pictures from the low-resolution pixel (y, x) on."""
-    s, size = task.scale, task.image_size
-    return image[y * s : y * s + size, x * s : x * s + size], small[y : y + size // s, x : x + size // s]
-
-
 # --- datasets ---
 
 
@@ -239,14 +201,13 @@ def center_crop(image, size):
 class Pictures(torch.utils.data.Dataset):
     """Training pictures: item (index, n) is (3, S, S) uint8 and n, the crop and flips being drawn from (seed, n).
 
-    low: {path: path of its low-resolution partner}, of which the same part comes third, (3, S/scale, S/scale); cuts are anywhere then.
     A picture that is broken, or too small for the task, is replaced by the next one with a warning that names it; when
-    more than 1 % are broken, or none is large enough, InputError.
+    more than 1 % are broken, or none is large enough, InputError. All processes that load for one training process count together.
     """
 
-    def __init__(self, paths, task, seed, low=None):
-        self.low = low
-        self.paths, self.task, self.seed, self.broken, self.small = paths, task, seed, set(), set()
+    def __init__(self, paths, task, seed):
+        self.paths, self.task, self.seed = paths, task, seed
+        self.broken, self.small = torch.zeros(2, len(paths), dtype=torch.bool).share_memory_()  # which have been found to be
 
     def __len__(self):
         return len(self.paths)
@@ -255,42 +216,38 @@ class Pictures(torch.utils.data.Dataset):
         for i in itertools.count(index):
             path = self.paths[i % len(self)]
             try:
-                image, small = read_pair(path, self.low[path], self.task.scale) if self.low else (read_image(path), None)
+                image = read_image(path)
             except InputError as e:
-                self.skip(path, self.broken, e)
-                if len(self.broken) > 0.01 * len(self):
-                    raise InputError(f"{len(self.broken)} of {len(self)} training pictures cannot be used, the last: {e}") from None
+                self.skip(i % len(self), self.broken, e)
+                if (found := int(self.broken.sum())) > 0.01 * len(self):
+                    raise InputError(f"{found} of {len(self)} training pictures cannot be used, the last: {e}") from None
                 continue
             if fits(image.shape[1], image.shape[0], self.task):
-                return image, small
+                return image
             e = f"{path} is {image.shape[1]} x {image.shape[0]}, smaller than the {self.task.image_size} pixels of {self.task.name}"
-            self.skip(path, self.small, e)
+            self.skip(i % len(self), self.small, e)
             if i - index >= len(self):
                 raise InputError(f"no training picture is large enough, the last: {e}")
 
-    def skip(self, path, others, why):
-        if path not in others and len(others) < 10:  # of the rest, of which there may be a million, no line each
+    def skip(self, index, others, why):
+        if not others[index] and others.sum() < 10:  # of the rest, of which there may be a million, no line each
             print(f"skipped: {why}", file=sys.stderr)
-        others.add(path)
+        others[index] = True
 
     def __getitem__(self, key):
         index, n = key
         rng, size = np.random.default_rng([self.seed, n]), self.task.image_size
-        image, small = self.load(index)
-        if self.low:
-            y, x = (int(rng.integers((d - size) // self.task.scale + 1)) for d in image.shape[:2])
-            parts = cut_pair(image, small, y, x, self.task)
-        elif self.task.crop == "random":
+        image = self.load(index)
+        if self.task.crop == "random":
             y, x = (int(rng.integers(d - size + 1)) for d in image.shape[:2])
-            parts = [image[y : y + size, x : x + size]]
+            image = image[y : y + size, x : x + size]
         else:
-            parts = [np.asarray(center_crop(Image.fromarray(image), size))]
+            image = np.asarray(center_crop(Image.fromarray(image), size))
         if rng.random() < self.task.hflip:
-            parts = [part[:, ::-1] for part in parts]
+            image = image[:, ::-1]
         if rng.random() < self.task.vflip:
-            parts = [part[::-1] for part in parts]
-        x_1, *y = (torch.from_numpy(part.transpose(2, 0, 1).copy()) for part in parts)
-        return x_1, n, *y
+            image = image[::-1]
+        return torch.from_numpy(image.transpose(2, 0, 1).copy()), n
 
 
 class Order(torch.utils.data.Sampler):
@@ -312,12 +269,22 @@ class Order(torch.utils.data.Sampler):
             yield int(order[i]), n
 
 
-def training_batches(paths, task, seed, batch_size, start, rank, world, num_workers, low=None):
-    """Batches without end, from picture number `start` on: ((B, 3, S, S) uint8, (B,) int64 picture numbers); with `low`, as Pictures has it, its parts third."""
+def training_batches(paths, task, seed, batch_size, start, rank, world, num_workers):
+    """Batches without end, from picture number `start` on: ((B, 3, S, S) uint8, (B,) int64 picture numbers)."""
     order = Order(len(paths), seed, start, rank, world)
     return iter(torch.utils.data.DataLoader(
-        Pictures(paths, task, seed, low), batch_size, sampler=order, num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0))
+        Pictures(paths, task, seed), batch_size, sampler=order, num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0, worker_init_fn=ignore_signals))
+
+
+# What asks a training for a last save: the scheduler's end of time, Ctrl-C, a terminal that closes, Slurm's --signal=USR1.
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+def ignore_signals(worker):
+    """A process that loads ignores the signals that are sent to all of a training's processes: it ends with the one it loads for."""
+    for s in STOPPING:
+        signal.signal(s, signal.SIG_IGN)
 
 
 def validation_pictures(paths, task, count):
@@ -364,19 +331,14 @@ def uniform_times(seed, numbers):
     return ((numbers.double() * ((5**0.5 - 1) / 2) + offset) % 1).float().clamp(max=1 - 2**-24)
 
 
-def low_resolution(x_1, y, task, seeds):
-    """x_lr (B, 3, S, S) of the true pictures x_1 in [-1, 1]: of y, a list that holds their partners uint8, or else degraded by the task."""
-    return H_T(to_float(y[0].to(x_1.device)), task.degradation, task.scale) if y else degrade(x_1, task, seeds)
-
-
-def measure_sigma_d(paths, task, seed, count=256, low=None):
+def measure_sigma_d(paths, task, seed, count=256):
     """sigma_d of the preconditioning: the root mean square of x_1 - x_lr (whose mean is about 0) over `count` crops, in training's order."""
-    batches = training_batches(paths, task, seed, min(count, 32), 0, 0, 1, 0, low)
+    batches = training_batches(paths, task, seed, min(count, 32), 0, 0, 1, 0)
     total, pixels = 0.0, 0
     for _ in range(max(1, count // 32)):
-        x_1, n, *y = next(batches)
+        x_1, n = next(batches)
         x_1 = to_float(x_1)
-        d = x_1 - low_resolution(x_1, y, task, image_seeds(seed, n))
+        d = x_1 - degrade(x_1, task, image_seeds(seed, n))
         total, pixels = total + d.double().square().sum().item(), pixels + d.numel()
     return (total / pixels) ** 0.5
 

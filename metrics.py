@@ -185,8 +185,9 @@ def load_lpips(backbone=None, device="cpu"):
     metric.to(device)
 
     def distance(a, b):
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # metrics in float32, on a GPU too
-            return metric(a, b).flatten()
+        # Metrics in float32, on a GPU too, and whatever the caller's autocast is.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(a.device.type, enabled=False):
+            return metric(a.float(), b.float()).flatten()
     return distance
 
 

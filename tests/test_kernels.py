@@ -631,11 +631,11 @@ def nvcc_or_skip():
 
 
 def test_cuda_extension_builds_links_and_loads(tmp_path):
-    """For sm_80, sm_90 and sm_100, GPU or not; on a machine without, its CPU half works."""
+    """For sm_80, sm_90, sm_100 and sm_120, GPU or not; on a machine without, its CPU half works."""
     nvcc_or_skip()
     code = ("import torch, kernels; from kernels import build; print(build.load(cuda=True)); kernels._chosen = ('cpu',); kernels._register();"
             "print(kernels.normal(torch.tensor([1]), (1, 1, 1, 2)).tolist())")
-    run = python(code, tmp_path, TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0")
+    run = python(code, tmp_path, TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0;12.0")
     stdout, stderr = run.communicate()
     assert run.returncode == 0, stderr
     library, noise = stdout.strip().splitlines()
@@ -644,7 +644,7 @@ def test_cuda_extension_builds_links_and_loads(tmp_path):
     for name in (b"flow_training_pair", b"group_norm_silu"):
         assert name in content
     ninja_file = (Path(library).parent / "build.ninja").read_text()
-    assert all(f"code=sm_{sm}" in ninja_file for sm in (80, 90, 100))
+    assert all(f"code=sm_{sm}" in ninja_file for sm in (80, 90, 100, 120))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")

@@ -110,6 +110,9 @@ def test_lpips_gives_the_published_distances():
     ref, p0, p1 = (to_float(batch(read_image(GOLDEN / f"ex_{name}.png"))) for name in ("ref", "p0", "p1"))
     assert lpips(torch.cat([ref, ref]), torch.cat([p0, p1])).tolist() == pytest.approx([0.7219, 0.1376], abs=1e-3)
     assert lpips(ref, ref).item() == 0
+    plain = lpips(ref, p0).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lpips(ref, p0).item() == plain
 
 
 def test_without_alexnet_one_line_says_so(monkeypatch, tmp_path, capsys):
