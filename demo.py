@@ -30,8 +30,9 @@ import numpy as np
 from PIL import Image
 
 import sample
+from colour import rgb8
 from console import InputError, Parser, in_range
-from pictures import EXTENSIONS, open_writer, read_picture, rgb8
+from pictures import EXTENSIONS, open_writer, read_picture
 
 ROOT = Path(__file__).parent
 FLOW = ROOT / "weights" / "photos_x4_flow.safetensors"
