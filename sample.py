@@ -46,10 +46,10 @@ STEPS = 8  # of a solver, unless told
 
 @functools.lru_cache(maxsize=2)
 def _load(path, device, preset, mtime):  # mtime: a file that has changed is another file
-    from data import Task
+    from data import saved_task
     from model import load_model
     net, meta = load_model(path, device, preset)
-    return net, meta["stage"], Task(**meta["task"]) if meta["task"] else None
+    return net, meta["stage"], saved_task(meta["task"], path) if meta["task"] else None
 
 
 def load(ckpt=None, device="auto", preset=None):
