@@ -55,6 +55,7 @@ def parse_args(argv):
     p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), auto (resume where there is something to resume, else the default), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
     add_perceptual_flags(p)
     training.add_training_flags(p)
+    p.add_argument("--keep_best", choices=("psnr_t0", "psnr_t0.5", "psnr_t1", "lpips_t0", "lpips_t0.5", "lpips_t1"), help="keep the checkpoint whose validation was best by this, as ckpt_best.pt")
     args = p.parse_args(argv)
     if args.t_min > args.t_max:
         p.error(f"--t_min {args.t_min} is above --t_max {args.t_max}")
@@ -259,6 +260,7 @@ def main(argv=None):
 
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
+    training.check_best(run, lpips)
     val = data.validation_pictures(val_paths, task, args.eval_pictures) if run.master else None
 
     def predict(x_lr, seeds):  # with the averaged weights, along the dial; and the teacher in a few steps

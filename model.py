@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_checkpoint, load_tensors, save_tensors
-from console import InputError
+from console import InputError, Parser
 from kernels import conv3x3, group_norm_silu, noise_augment
 
 # The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
@@ -481,11 +481,46 @@ def save_release(path, model, meta):
     save_tensors(path, {name: p.detach().bfloat16().contiguous() for name, p in model.state_dict().items()}, {**meta, "model": model.config})
 
 
+def weights_in(checkpoint, path):
+    """The metadata and the weights of a .pt's dict: (dict, a list of averages in parameter order or {name: tensor}).
+
+    Ours; a published OFTSR file, {"ema", "step"}, or all of its training, {"optimizer", "model": weights, "ema", "step"}; or
+    bare weights {name: tensor}, as guided-diffusion's are. Raises InputError if it is none of these.
+    """
+    bare = lambda x: isinstance(x, dict) and len(x) > 0 and all(map(torch.is_tensor, x.values()))
+    ema = checkpoint.get("ema")
+    if bare(checkpoint):
+        return {}, dict(checkpoint)
+    if not isinstance(ema, dict) or not isinstance(ema.get("shadow_params"), list):
+        raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
+    meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model", "data")}
+    return {**meta, "model": None if bare(meta["model"]) else meta["model"]}, ema["shadow_params"]
+
+
+def adapted(state, ours, path):
+    """Bare weights {name: tensor} as a network whose parameters are `ours` takes them: guided-diffusion's unconditional ones, too.
+
+    Of the first convolution of those the weights for x_lr begin at 0, as if it were not there; of the last, outputs that we
+    do not have go. Every other name and shape must match. Raises InputError that lists what does not.
+    """
+    state, first = dict(state), "input_blocks.0.0.weight"
+    if first in state and state[first].ndim == 4 and 2 * state[first].shape[1] == ours[first].shape[1]:
+        state[first] = torch.cat([state[first], torch.zeros_like(state[first])], dim=1)
+    for name in ("out.2.weight", "out.2.bias"):
+        if name in state and len(state[name]) > len(ours[name]):
+            state[name] = state[name][: len(ours[name])]
+    wrong = [f"{n} is missing" for n in ours if n not in state] + [f"{n} is none of ours" for n in state if n not in ours]
+    wrong += [f"{n} is {tuple(p.shape)}, not {tuple(ours[n].shape)}" for n, p in state.items() if n in ours and p.shape != ours[n].shape]
+    if wrong:
+        raise InputError(f"{path} does not hold this network, in {len(wrong)} places: {'; '.join(wrong[:8])}{'; ...' if len(wrong) > 8 else ''}")
+    return state
+
+
 def load_model(path, device="cpu", model=None):
     """The network in a file, in float32 and evaluation mode, with its metadata: (UNet or one of another family, dict).
 
-    path is a training checkpoint (its EMA is taken), a .safetensors release, or a published OFTSR file
-    (a list of EMA tensors in parameter order), for which `model` names the preset. Metadata holds at
+    path is a training checkpoint (its EMA is taken), a .safetensors release, or a file of others: see weights_in. Of these
+    `model` names the preset. Metadata holds at
     least "stage" ("flow" or "distill", None if the file does not say) and "task" (a dict, or None).
     Raises InputError when there is no such file, or it is none of these, or does not fit.
     """
@@ -493,10 +528,7 @@ def load_model(path, device="cpu", model=None):
         meta, state = load_tensors(path)
     else:
         held = load_checkpoint(path)
-        ema = held.get("ema")
-        if not isinstance(ema, dict) or not isinstance(ema.get("shadow_params"), list):
-            raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
-        meta, state = {k: held.get(k) for k in ("stage", "task", "step", "model", "data")}, ema["shadow_params"]
+        meta, state = weights_in(held, path)
     meta = {"stage": None, "task": None, "step": None, "model": None, **(meta or {})}
     if meta["stage"] not in ("flow", "distill", None) or not isinstance(meta["task"], (dict, type(None))) or not isinstance(meta["step"], (int, type(None))):
         raise InputError(f"{path} is not one of ours: its stage, task or step is none")
@@ -506,9 +538,48 @@ def load_model(path, device="cpu", model=None):
         if PRESETS[model].get("precond"):
             raise InputError(f"{path} does not say the sigmas of its network, which {model!r} has: it is not one of ours")
         meta["model"] = PRESETS[model]
+        if isinstance(state, dict):
+            state = adapted(state, network_of(PRESETS[model], path).state_dict(), path)
     net = network_of(meta["model"], path)
     if isinstance(state, list):
         state = named(net, state, held.get("params"))
     check_fits(net, state, path)
     net.load_state_dict({n: p.float() for n, p in state.items()}, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
+
+
+# --- python model.py convert IN OUT ---
+
+
+def convert(argv=None):
+    """Any file that load_model takes as a release, with what it does not say from flags. Raises InputError."""
+    from dataclasses import asdict
+
+    from data import TASKS
+    p = Parser(prog="model.py", description="Weights of others, or a training checkpoint, as a .safetensors to share.")
+    p.add_argument("what", choices=("convert",))
+    p.add_argument("file", metavar="IN", help="a published file, guided-diffusion's, a ckpt.pt or a .safetensors")
+    p.add_argument("release", metavar="OUT", help="the .safetensors to write")
+    p.add_argument("--model", choices=PRESETS, help="network preset, for a file that does not say")
+    p.add_argument("--stage", choices=("flow", "distill"), help="what it is, for a file that does not say")
+    p.add_argument("--dataset", choices=TASKS, help="its task, for a file that does not say")
+    args = p.parse_args(argv)
+    if not args.release.endswith(".safetensors"):
+        raise InputError(f"{args.release} should end in .safetensors")
+    net, meta = load_model(args.file, model=args.model)
+    for flag, known in (("stage", meta["stage"]), ("dataset", meta["task"] and meta["task"]["name"])):
+        if known and getattr(args, flag) not in (None, known):
+            raise InputError(f"{args.file} says that it is {known}: --{flag} is for files that do not")
+    stage = meta["stage"] or args.stage
+    if stage is None:
+        raise InputError(f"{args.file} does not say what it is: add --stage flow or --stage distill")
+    task = meta["task"] or (asdict(TASKS[args.dataset]) if args.dataset else None)
+    save_release(args.release, net, dict(stage=stage, task=task, step=meta["step"], data=meta.get("data")))
+    print(f"{args.release}: {stage} of {task['name'] if task else 'an unknown task'}, {sum(p.numel() for p in net.parameters()):,} parameters, step {meta['step']}")
+
+
+if __name__ == "__main__":
+    try:
+        convert()
+    except (InputError, OSError) as e:
+        sys.exit(f"model.py: {e}")

@@ -231,7 +231,7 @@ def _depth(im, head):
         return (head[at + 42] & 127) + 1
     if im.format == "PPM" and (found := _PNM.match(head)):
         return int(found[4]).bit_length()
-    return 16 if im.mode.startswith("I") else 8
+    return 16 if im.mode.startswith("I") else im.info.get("bit_depth", 8)  # pillow-heif says it there
 
 
 _GAP = rb"(?:\s|#[^\n]*\n)+"
@@ -265,6 +265,10 @@ def _decode_deep(path, im, head, depth, notes):
     if im.format in ("PNG", "JPEG2000"):
         import imagecodecs
         pixels = (imagecodecs.png_decode if im.format == "PNG" else imagecodecs.jpeg2k_decode)(Path(path).read_bytes())
+        largest = 2**depth - 1
+    elif im.format == "HEIF":
+        import pillow_heif
+        pixels = np.asarray(pillow_heif.open_heif(path, convert_hdr_to_8bit=False)) >> (16 - depth)
         largest = 2**depth - 1
     elif im.format == "PPM":
         found = _PNM.match(head)

@@ -34,6 +34,7 @@ def parse_args(argv):
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
     p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), auto (resume where there is something to resume, else scratch), or a file of weights to start from")
     training.add_training_flags(p)
+    p.add_argument("--keep_best", choices=("psnr_one", "psnr_few", "lpips_one", "lpips_few"), help="keep the checkpoint whose validation was best by this, as ckpt_best.pt")
     return p.parse_args(argv)
 
 
@@ -103,6 +104,7 @@ def main(argv=None):
 
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
+    training.check_best(run, lpips)
     val = data.validation_pictures(val_paths, task, args.eval_pictures) if run.master else None
 
     def predict(x_lr, seeds):  # with the averaged weights, in one step and in a few

@@ -45,7 +45,7 @@ except ImportError:  # Windows
 
 # Settings that may change on resume: what they change is not what is learnt.
 FREE = {"init_from", "max_iters", "out_dir", "data_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
-        "always_save_checkpoint", "lpips_backbone", "num_workers", "compile", "grad_checkpoint", "shard", "dry_run", "dataset", "teacher"}
+        "always_save_checkpoint", "keep_best", "lpips_backbone", "num_workers", "compile", "grad_checkpoint", "shard", "dry_run", "dataset", "teacher"}
 
 
 class Diverged(InputError):
@@ -734,6 +734,22 @@ def validate(run, state, predict, pictures, lpips, signals):
         state.scores, state.validated = scores, state.step
         log(run, dict(step=state.step, **scores))
         write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
+        keep_best(run, scores)
+
+
+def keep_best(run, scores):
+    """--keep_best METRIC: after a validation that gave its best value so far, as log.jsonl knows, ckpt.pt is ckpt_best.pt too (Appendix E)."""
+    if name := run.args.keep_best:
+        lines = [json.loads(line) for line in (run.out_dir / "log.jsonl").read_text().splitlines()]
+        values = [line[name] for line in lines if name in line]
+        if scores[name] == (min if name.startswith("lpips") else max)(values):
+            copy_file(run.out_dir / "ckpt.pt", run.out_dir / "ckpt_best.pt")
+
+
+def check_best(run, lpips):
+    """Raises InputError if --keep_best judges by a network that is not on this machine."""
+    if run.master and lpips is None and (run.args.keep_best or "").startswith("lpips"):
+        raise InputError(f"--keep_best {run.args.keep_best} needs LPIPS, whose AlexNet is not here")
 
 
 @torch.no_grad()
