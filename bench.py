@@ -4,6 +4,7 @@
     python bench.py kernels --only norm     those whose name contains "norm"
     python bench.py kernels --device cuda --dtype bfloat16
     python bench.py model                   the published FFHQ network's one step: as published, and ours
+    python bench.py memory --size 128       what training keeps for the backward pass: GiB a picture, by preset and stage
     python bench.py degradation             the real world's degradation: ours, and one by one with OpenCV and a codec
 
 Equality comes first: nothing is timed before "all results match". "eager" is what a PyTorch user would write (the
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 import numpy as np
 
 import data
+import distill
 import kernels
 import model
 from console import in_range
@@ -317,6 +319,50 @@ def bench_model(device, size):
             print(f"{name:45}{low:>9.1f} {median:>9.1f} {high:>9.1f} ms{published / median:>7.2f}x", flush=True)
 
 
+# --- memory ---
+
+
+def kept_bytes(net, run):
+    """The bytes that autograd keeps for the backward pass of run(), the network's parameters aside."""
+    own, kept = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x  # which keeps its memory from being another's
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        graph = run()
+    del graph
+    return sum(n for at, n in kept.items() if at not in own)
+
+
+def memory_of(preset, size, dtype):
+    """Bytes that one more picture of size x size adds: (stage 1; stage 2 in one batch; stage 2 in turn). The teacher keeps none."""
+    net, teacher, used = model.UNet(**model.network_config(preset, sigma_p=SIGMA_P, sigma_d=0.16)).to(memory_format=torch.channels_last), lambda x, t: x[:, :3], []
+    for batch in (1, 2):
+        x_in, t = torch.zeros(batch, 6, size, size), torch.full((batch,), 0.5)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            turns, parts = distill.losses_in_turn(net, teacher, x_in, t, t + DT), []
+            for _ in range(3):  # what one evaluation keeps is given back before the next
+                parts.append(kept_bytes(net, lambda: next(turns)))
+            used.append((kept_bytes(net, lambda: net(x_in, t)), kept_bytes(net, lambda: distill.distillation_losses(net, teacher, x_in, t, t + DT)), max(parts)))
+    return [two - one for one, two in zip(*used)]
+
+
+def bench_memory(dtype, only, size):
+    """Prints GiB a picture of each preset at the size that its tasks have, scaled from `size`: all that is kept grows with the area."""
+    sides = {}
+    for task in data.TASKS.values():
+        sides.setdefault(task.model, task.image_size)
+    print(f"GiB a picture kept for the backward pass, {str(dtype).removeprefix('torch.')} autocast, measured at {size} x {size}, torch {torch.__version__}\n"
+          f"{'':12}{'pixels':>8}{'stage 1':>10}{'stage 2':>10}{'--in_turn':>11}")
+    for preset in model.PRESETS:
+        if only in preset:
+            side = sides.get(preset, 128)
+            row = [n * (side / size) ** 2 / 2**30 for n in memory_of(preset, size, dtype)]
+            print(f"{preset:12}{side:>8}" + "".join(f"{n:>{w}.3f}" for n, w in zip(row, (10, 10, 11))), flush=True)
+
+
 # --- the real world's degradation ---
 
 
@@ -392,16 +438,18 @@ def bench_degradation(device, size, scale=4, count=64):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=["kernels", "model", "degradation"])
+    parser.add_argument("what", choices=["kernels", "model", "memory", "degradation"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in")
-    parser.add_argument("--only", default="", help="kernels: those whose name contains this")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in; memory: of the arithmetic")
+    parser.add_argument("--only", default="", help="kernels, memory: those whose name contains this")
     parser.add_argument("--size", type=in_range(int, 16), help="height and width of the pictures (default: 256; degradation: 128)")
     args = parser.parse_args(argv)
     if args.what == "kernels":
         bench_kernels(args.device, getattr(torch, args.dtype), args.only, args.size or 256)
     elif args.what == "model":
         bench_model(args.device, args.size or 256)
+    elif args.what == "memory":
+        bench_memory(getattr(torch, args.dtype), args.only, args.size or 128)
     else:
         bench_degradation(args.device, args.size or 128)
 

@@ -18,7 +18,7 @@ import figures
 import folders
 from console import InputError
 from degradations import to_float
-from model import UNet, network_config, save_release
+from model import UNet, count_macs, network_config, save_release
 from pictures import read_image, write_picture
 from test_metrics import batch, smooth
 
@@ -449,3 +449,12 @@ def test_a_bad_flag_is_refused_by_name(flags, words, capsys):
 def test_the_command_ends_with_its_own_name_and_an_error_code(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "evaluate.py", "--data_dir", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "evaluate.py: no folder nowhere\n")
+
+
+def test_multiply_accumulates_of_the_standard_layers_are_table_10s():
+    with torch.device("meta"):
+        net = UNet(**network_config("imagenet"))
+    assert round(count_macs(net, 256, 256, standard=True) / 1e12, 2) == 1.11 and sum(p.numel() for p in net.parameters()) == 552_820_998
+    with torch.device("meta"):
+        small = UNet(**network_config("tiny", sigma_p=0.1, sigma_d=0.1))
+    assert count_macs(small, 256, 256) < count_macs(small, 256, 256, standard=True)  # what UpConv saves
