@@ -467,7 +467,12 @@ def measure_pairs(args, device):
     crop = data.TASKS[args.dataset or "photos"].scale if args.scale is None else args.scale
     metrics = pick(args, crop, device)
     warn_of_few(metrics, len(pairs))
-    records = [dict(seed=0, nfe=None, seconds=None, **measure(a, b, crop, metrics)) for _, a, b in pairs]
+    progress, records = Progress(len(pairs), "pair"), []
+    for stem, a, b in pairs:
+        progress.start(stem)
+        records.append(dict(seed=0, nfe=None, seconds=None, **measure(a, b, crop, metrics)))
+        progress.add(1)
+    progress.close()
     sets = [measure_sets([a for _, a, _ in pairs], [b for _, _, b in pairs], metrics, {})] if metrics.sets else ()
     row = dict(name=Path(restored).name, **{**summarise(records, [0], len(pairs), sets), "seeds": None})
     protocol = dict(restored=str(restored), truth=str(truth), pictures=len(pairs), crop=crop, metrics=metrics.notes, torch=torch.__version__)
