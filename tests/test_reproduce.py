@@ -143,8 +143,8 @@ def test_an_unconditional_flow_draws_pictures(tmp_path, capsys):
     for name, count in (("a", 5), ("b", 2)):
         assert sample.main(["--generate", str(count), "--ckpt", str(tmp_path / "uncond.safetensors"), "--solver", "euler", "--steps", "2", "-o", str(tmp_path / name)]) == 0
     assert "5 pictures drawn" in (said := capsys.readouterr().out) and "2 evaluations each" in said
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"{i:04d}.png" for i in range(5)] + ["grid.png"]
-    assert read_image(tmp_path / "a" / "grid.png").shape == (64, 96, 3) and read_image(tmp_path / "a" / "0001.png").shape == (32, 32, 3)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"{i:04d}.png" for i in range(5)]
+    assert read_image(tmp_path / "a_grid.png").shape == (64, 96, 3) and read_image(tmp_path / "a" / "0001.png").shape == (32, 32, 3)
     one, two = (read_image(tmp_path / "a" / f"000{i}.png") for i in (0, 1))
     assert (one != two).any() and (two == read_image(tmp_path / "b" / "0001.png")).all()
     with pytest.raises(InputError, match="holds drawn pictures already"):
