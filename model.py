@@ -285,9 +285,14 @@ class UNet(nn.Module):
     def to_pixels(self, x):
         return x
 
-    def start(self, x_lr, sigma_p, seeds):
-        """concat(x_0, x_lr), Eq. (4): x_lr (B, 3, H, W), seeds (B,) int64 -> (B, 6, H, W)."""
-        return noise_augment(x_lr, sigma_p, seeds)
+    def start(self, x_lr, sigma_p, seeds, corner=(0, 0)):
+        """concat(x_0, x_lr), Eq. (4): x_lr (B, 3, H, W), seeds (B,) int64 -> (B, 6, H, W); corner as noise_augment's."""
+        return noise_augment(x_lr, sigma_p, seeds, corner)
+
+    @property
+    def width(self):
+        """Channels of the widest map for each pixel of the picture."""
+        return self.config["channels"] * self.config["mults"][0] / self.patch**2
 
     def student(self):
         """The network that distillation starts from: this one, told that its input is x_0."""

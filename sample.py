@@ -32,7 +32,7 @@ from console import VERSION, InputError, Parser, Progress, in_range
 from pictures import MAX_PIXELS, Picture, from_pil, from_planes, losses, open_writer, read_picture, resized, split_alpha, write_picture
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
-SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45")
+SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45", "ancestral")  # the last is a ResShift's own
 STEPS = 8  # of a solver, unless told
 
 

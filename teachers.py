@@ -110,10 +110,11 @@ class Teacher(nn.Module):
     latent_channels, factor, multiple   C; pixels a latent; heights and widths in pixels are multiples of this
     t_last           the largest t it was trained at: from there one step leads to 1
     evaluations      network evaluations a call (2 with guidance)
+    width            channels of the widest map for each pixel of the picture, to know how large a tile may be
     one_step         a student: its input is always x_0, so the path's numbers are those of t = 0, and t is only told
     config           the arguments that model.build makes it of, with its "family"
     """
-    latent_channels, factor, multiple, t_last, evaluations, precond = 3, 1, 1, 1 - 1e-3, 1, None
+    latent_channels, factor, multiple, t_last, evaluations, precond, width = 3, 1, 1, 1 - 1e-3, 1, None, 64
 
     def __init__(self, net, predicts="x_1", path=linear_path, one_step=False):
         super().__init__()
@@ -131,14 +132,20 @@ class Teacher(nn.Module):
     def to_pixels(self, z):
         return z
 
-    def start(self, z_lr, sigma_p, seeds):
+    def start(self, z_lr, sigma_p, seeds, corner=(0, 0)):
         """concat(x_0, z_lr), the path's point at t = 0 with z_lr for x_1: z_lr (B, C, h, w), seeds (B,) int64 -> (B, 2C, h, w).
 
-        The path says its noise itself: sigma_p, the task's, is not read.
+        The path says its noise itself: sigma_p, the task's, is not read. corner: the pixel of a larger picture where this
+        window of it begins, and with it its part of that picture's noise.
         """
         (a, b, c), _ = self.path(torch.zeros(1, device=z_lr.device))
         z_lr = z_lr.float()
-        return torch.cat([(a + b) * z_lr + c * kernels.normal(seeds, z_lr.shape), z_lr], dim=1)
+        return torch.cat([(a + b) * z_lr + c * self.noise(seeds, z_lr.shape, corner), z_lr], dim=1)
+
+    def noise(self, seeds, shape, corner=(0, 0), stream=0):
+        """Standard normal latents of that shape, those of the whole picture's noise that lie at the pixel `corner`."""
+        return kernels.normal(seeds, shape, stream, tuple(i // self.factor for i in corner))
+
 
     def student(self):
         """The network that distillation starts from: the teacher's own, told that its input is x_0."""

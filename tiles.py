@@ -17,7 +17,6 @@ from PIL import Image
 from console import InputError
 from degradations import H_T
 from flow import integrate, one_step
-from kernels import noise_augment
 from pictures import to_planes
 
 WHOLE = 1280 * 1280  # output pixels up to which a picture is restored in one piece (tile "auto")
@@ -119,10 +118,19 @@ def restore_tile(model, x_lr, sigma_p, seed, corner, t=1.0, solver=None, steps=8
     """One tile, x_lr (1, 3, H, W) whose first pixel is the whole picture's `corner`: (x_1 (3, H, W) float32 on x_lr's device, evaluations)."""
     device, m = next(model.parameters()).device, model.multiple
     size = [-(-max(side, 64) // m) * m for side in x_lr.shape[2:]]  # group norm wants something to average over
-    x_in = noise_augment(reflect_to(x_lr, *size).to(device), sigma_p, torch.tensor([seed], device=device), corner)
+    seeds = torch.tensor([seed], device=device)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    with autocast:
-        x_1, nfe = (one_step(model, x_in, t), 1) if solver is None else integrate(model, x_in, solver, steps, rtol, atol, t)
+    with autocast:  # a network that works in latents encodes and decodes each tile
+        x_in = model.start(model.to_latents(reflect_to(x_lr, *size).to(device)), sigma_p, seeds, corner)
+        if solver is None:
+            x_1, nfe = one_step(model, x_in, t), 1
+        elif solver == "ancestral":
+            if not hasattr(model, "ancestral") or t < 1:
+                raise InputError("the sampler ancestral is a ResShift's, and goes to t = 1")
+            x_1, nfe = model.ancestral(x_in, lambda i: model.noise(seeds, x_in[:, : x_in.shape[1] // 2].shape, corner, stream=1 + i), steps)
+        else:
+            x_1, nfe = integrate(model, x_in, solver, steps, rtol, atol, t)
+        x_1 = model.to_pixels(x_1)
     return x_1[0, :, : x_lr.shape[2], : x_lr.shape[3]].float().to(x_lr.device), nfe
 
 
@@ -218,8 +226,7 @@ def smaller_tile(tile, height, width, tile_pad):
 
 def bytes_per_pixel(model, dtype):
     """About what the network holds at once for an output pixel: 15 maps of its first level and a half (measured, LOG.md)."""
-    c = model.config
-    return 15 * c["channels"] * c["mults"][0] / c["patch"] ** 2 * (4 if dtype == torch.float32 else 3)
+    return 15 * model.width * (4 if dtype == torch.float32 else 3)
 
 
 def free_memory(device):
