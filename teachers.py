@@ -19,7 +19,7 @@ import kernels
 from console import InputError, in_range
 from model import FAMILIES, _read_release, build, find_family, load_checkpoint
 
-LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 or eps would be 0 / 0
+LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 would be 0 / 0
 BUFFERS = ("relative_position_index", "attn_mask")  # of published files, computed here
 PREDICTS = ("x_1", "eps", "noise_minus_clean", "v", "velocity")
 
@@ -116,12 +116,16 @@ class Teacher(nn.Module):
     """
     latent_channels, factor, multiple, t_last, evaluations, precond, width = 3, 1, 1, 1 - 1e-3, 1, None, 64
 
-    def __init__(self, net, predicts="x_1", path=linear_path, one_step=False):
+    def __init__(self, net, predicts="x_1", path=None, one_step=False):
         super().__init__()
         if predicts not in PREDICTS:
             raise InputError(f"a teacher predicts one of {', '.join(PREDICTS)}, not {predicts!r}")
         self.net, self.predicts, self.one_step, self.config = net, predicts, one_step, {}
-        self.path = path
+        if path:
+            self.path = path
+
+    def path(self, t):
+        return linear_path(t)
 
     def predict(self, x_t, z_lr, t):
         return self.net(x_t, z_lr, t)
@@ -162,7 +166,7 @@ class Teacher(nn.Module):
     def forward(self, x_in, t):
         t = t.to(x_in.device).float().expand(x_in.shape[0])
         x_t, z_lr = (x_in if x_in.dtype == torch.float64 else x_in.float()).chunk(2, dim=1)
-        t = t if self.one_step else t.clamp(max=LAST)
+        t = t.clamp(max=LAST) if self.predicts == "x_1" and not self.one_step else t
         out = self.predict(x_t, z_lr, t).to(x_t.dtype)
         return to_velocity(x_t, z_lr, out, self.predicts, *self.path(torch.zeros_like(t) if self.one_step else t))
 

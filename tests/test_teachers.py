@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import kernels
+import model
 import resshift
 import teachers
+import tiles
 from console import InputError
 from distill import distillation_losses
 from flow import integrate, mean_slope, one_step
@@ -67,18 +69,6 @@ def test_schedule_is_the_published_one():
         ours = resshift.sqrt_eta(torch.arange(steps, dtype=torch.float64), **schedule)
         assert (ours - published).abs().max() < 1e-12
         assert (resshift.step_at(published, **schedule) - torch.arange(steps)).abs().max() < 1e-9
-
-
-def published_like(tmp_path, monkeypatch):
-    """A tiny ResShift's two files in the published format, random weights, and what names them on the command line."""
-    monkeypatch.setattr(resshift, "SWINUNET", TINY)
-    monkeypatch.setattr(resshift, "VQ_F4", TINY_VQ)
-    torch.manual_seed(0)
-    net, vq = SwinUNet(**TINY), VQAutoencoder(**TINY_VQ)
-    extra = {"input_blocks.1.1.blocks.1.attn_mask": torch.zeros(4, 64, 64)}  # published files hold such buffers
-    torch.save({"state_dict": {f"module.{k}": v for k, v in {**net.state_dict(), **extra}.items()}}, tmp_path / "net.pth")
-    torch.save(vq.state_dict(), tmp_path / "vq.pth")
-    return argparse.Namespace(autoencoder=str(tmp_path / "vq.pth"), chain=4, lora=None, guidance=None)
 
 
 # --- closed forms ---
@@ -242,3 +232,93 @@ def test_a_student_reaches_the_exact_map(predicts, path, latent):
     assert (found - exact).square().mean().sqrt() < 0.02 * exact.square().mean().sqrt()
     losses = distillation_losses(student, teacher, x_in, t, s)
     assert losses.isfinite().all() and losses[0] < 1e-3
+
+
+# --- files ---
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A tiny ResShift's two files in the published format, of random weights, and the flags that go with them."""
+    monkeypatch.setattr(resshift, "SWINUNET", TINY)
+    monkeypatch.setattr(resshift, "VQ_F4", TINY_VQ)
+    torch.manual_seed(0)
+    net, vq = SwinUNet(**TINY), VQAutoencoder(**TINY_VQ)
+    extra = {"input_blocks.1.1.blocks.1.attn_mask": torch.zeros(4, 64, 64)}  # published files hold such buffers
+    torch.save({"state_dict": {f"module.{k}": v for k, v in {**net.state_dict(), **extra}.items()}}, tmp_path / "net.pth")
+    torch.save(vq.state_dict(), tmp_path / "vq.pth")
+    return tmp_path, argparse.Namespace(autoencoder=str(tmp_path / "vq.pth"), chain=15, lora=None, guidance=None)
+
+
+def test_a_published_resshift_its_student_and_its_file(published):
+    """Latents there and back, any size, the sampler, and a student that load_model builds again from its file alone."""
+    folder, args = published
+    teacher, _ = teachers.load_teacher(f"resshift:{folder / 'net.pth'}", args)
+    assert teacher.factor == 2 and teacher.multiple == 4 and teacher.t_last == pytest.approx(1 - 0.02 / 0.99)
+    x_lr, seeds = torch.rand(2, 3, 44, 28) * 2 - 1, torch.arange(2)
+    z_lr = teacher.to_latents(x_lr)
+    x_in = teacher.start(z_lr, None, seeds)
+    assert x_in.shape == (2, 6, 22, 14) and torch.equal(x_in[:, 3:], z_lr)
+    z_1, nfe = teacher.ancestral(x_in, lambda i: torch.zeros(2, 3, 22, 14), 4)
+    assert nfe == 4 and teacher.to_pixels(z_1).shape == x_lr.shape
+    student = teacher.student()
+    assert torch.allclose(student(x_in, torch.zeros(2)), teacher(x_in, torch.zeros(2)), atol=1e-5)  # Eq. (11) holds from the start
+    assert {n.split(".")[0] for n, p in student.named_parameters() if p.requires_grad} == {"net"}
+    save_release(folder / "student.safetensors", student, dict(stage="distill", task=None, step=1))
+    again, meta = load_model(folder / "student.safetensors")
+    assert isinstance(again, ResShift) and again.one_step and meta["model"]["family"] == "resshift"
+    assert torch.allclose(again(x_in, torch.ones(2)), student(x_in, torch.ones(2)), atol=0.1)  # bfloat16
+    x_1, _ = tiles.restore(again, x_lr, 0.1, seeds, 1.0, tile=32, tile_pad=8)
+    assert x_1.shape == x_lr.shape and x_1.isfinite().all()
+
+
+def test_padding_is_seen_by_nobody():
+    """A Swin block on a map that is not whole windows: what lies under the padding does not matter."""
+    torch.manual_seed(0)
+    block = resshift.SwinBlock(32, 8, 2, 4, 2).eval()
+    mask = block.mask(12, 10, [16, 16], "cpu").view(2, 2, 64, 64)
+    rows = torch.arange(16).roll(-4) >= 12
+    columns = torch.arange(16).roll(-4) >= 10
+    hidden = (rows[:, None] | columns).unflatten(0, (2, 8)).unflatten(2, (2, 8)).permute(0, 2, 1, 3).flatten(2)  # (2, 2, 64)
+    assert (mask.transpose(2, 3)[hidden] == -100).all() and block(torch.randn(1, 32, 12, 10)).shape == (1, 32, 12, 10)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: f.write_bytes(b"nothing"), "broken or not a checkpoint"),
+    (lambda f: f.unlink(), "no weights at"),
+    (lambda f: torch.save({"a": torch.zeros(2)}, f), "does not hold ResShift's network"),
+    (lambda f: torch.save([1, 2], f), "not a checkpoint"),
+    (lambda f: torch.save({k: v * float("nan") if v.is_floating_point() else v for k, v in torch.load(f)["state_dict"].items()}, f), "not finite")])
+def test_a_broken_file_is_one_line(published, damage, words):
+    folder, args = published
+    damage(folder / "net.pth")
+    with pytest.raises(InputError, match=words) as e:
+        teachers.load_teacher(f"resshift:{folder / 'net.pth'}", args)
+    assert "\n" not in str(e.value)
+
+
+def test_a_checkpoint_does_not_choose_what_code_runs():
+    with pytest.raises(InputError, match="OFTSR_FAMILIES"):
+        build({"family": "os:getcwd"})
+    with pytest.raises(InputError, match="there is no family"):
+        build({"family": "unknown"})
+
+
+def test_bring_your_own(tmp_path, monkeypatch):
+    """README's example, small: its teacher is distilled, and its student restores once its function is named."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    monkeypatch.setitem(model.FAMILIES, "unet", model.FAMILIES["unet"])  # what load_teacher adds goes with the test
+    args = argparse.Namespace(autoencoder=None, chain=4, lora=None, guidance=None)
+    teacher, _ = teachers.load_teacher("bring_your_own:teacher", args)
+    student = teacher.student()
+    assert student.config == {"family": "bring_your_own:teacher", "one_step": True}
+    x_in = teacher.start(torch.rand(1, 3, 16, 16), None, torch.arange(1))
+    losses = distillation_losses(student, teacher, x_in, torch.tensor([0.3]), torch.tensor([0.4]))
+    losses.sum().backward()
+    assert losses.isfinite().all() and all(p.grad is not None for p in student.parameters())
+    save_release(tmp_path / "s.safetensors", student, dict(stage="distill", task=None, step=0))
+    del model.FAMILIES["bring_your_own:teacher"]
+    with pytest.raises(InputError, match="OFTSR_FAMILIES=bring_your_own:teacher"):
+        load_model(tmp_path / "s.safetensors")
+    monkeypatch.setenv("OFTSR_FAMILIES", "bring_your_own:teacher")
+    assert load_model(tmp_path / "s.safetensors")[0].one_step
