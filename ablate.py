@@ -81,6 +81,7 @@ def train_command(args, rest, name):
 def measure_command(args, name):
     """The command that measures a row into its scores.json: a flow by rk45, a student at t = 1."""
     how = ["--solver", "rk45"] if TABLES[args.table][0] == "flow" else ["--t", "1"]
+    how += ["--metrics", "psnr_rgb,lpips,fid", *([] if args.dataset.startswith("photos") else ["--float_lr"])]  # the paper's low-resolution pictures are floats
     out = args.out_dir / name
     return [sys.executable, str(HERE / "evaluate.py"), "--ckpt", str(out / "ckpt.pt"), *how, "--pictures", str(args.pictures), "--seeds", str(args.seeds),
             *(["--data_dir", args.data_dir] if args.data_dir else []), "--out_dir", str(out / "eval"), "--json", str(out / "scores.json")]

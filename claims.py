@@ -30,7 +30,7 @@ from model import load_model
 from pictures import read_image
 from flow import integrate, one_step
 
-SMALL = ["--batch_size", "16", "--image_size", "64", "--learning_rate", "1e-3", "--warmup_iters", "50", "--lr_decay", "linear", "--ema", "0.99",
+SMALL = ["--batch_size", "8", "--image_size", "64", "--optimizer", "muon", "--learning_rate", "1e-3", "--warmup_iters", "50", "--lr_decay", "linear", "--ema", "0.99",
          "--model", "plain", "--eval_pictures", "1", "--eval_interval", "1000000", "--device", "cpu"]
 FLOWS = {"sigma_p 0": ["--sigma_p", "0"], "sigma_p .1": ["--sigma_p", "0.1"], "sigma_p .5": ["--sigma_p", "0.5"], "sigma_p 1": ["--sigma_p", "1"],
          "no condition": ["--sigma_p", "0.1", "--no_condition"]}
@@ -154,7 +154,7 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument("--data_dir", required=True, help="folder of photographs")
     p.add_argument("--out_dir", type=Path, default=Path("out/claims"), help="where the networks go (default: out/claims)")
-    p.add_argument("--iters", type=in_range(int, 1), default=1000, help="updates of each flow; a student has half of them")
+    p.add_argument("--iters", type=in_range(int, 1), default=1500, help="updates of each flow; a student has a third of them (default: 1500)")
     p.add_argument("--seeds", type=in_range(int, 1), default=3, help="repeat with the seeds 0 to SEEDS - 1")
     p.add_argument("--pictures", type=in_range(int, 1), default=24, help="validation pictures")
     p.add_argument("--workers", type=in_range(int, 1), default=min(2, os.cpu_count()), help="networks trained at a time, one core each")
@@ -169,7 +169,7 @@ def main(argv=None):
     outs = {seed: args.out_dir / f"iters{args.iters}_seed{seed}" for seed in range(args.seeds)}
     common = lambda seed, iters: [*SMALL, "--data_dir", args.data_dir, "--seed", str(seed), "--max_iters", str(iters)]
     flows = [("train_flow", [*common(seed, args.iters), *flags], out / name) for seed, out in outs.items() for name, flags in FLOWS.items()]
-    students = [("distill", [*common(seed, max(1, args.iters // 2)), "--teacher", str(out / TEACHER / "weights.safetensors"), *flags], out / name)
+    students = [("distill", [*common(seed, max(1, args.iters // 3)), "--teacher", str(out / TEACHER / "weights.safetensors"), *flags], out / name)
                 for seed, out in outs.items() for name, flags in STUDENTS.items()]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -177,7 +177,7 @@ def main(argv=None):
             for i, _ in enumerate(pool.map(train, jobs), 1):
                 print(f"{jobs[0][0]}: {i} of {len(jobs)} trained", file=sys.stderr, flush=True)
         by_seed = list(pool.map(measure, [(args, seed, out) for seed, out in outs.items()]))
-    print(f"{args.seeds} seeds, {args.iters} updates a flow and {max(1, args.iters // 2)} a student of 16 crops of 64 x 64; measured on {n} crops of 128 x 128")
+    print(f"{args.seeds} seeds, {args.iters} updates a flow and {max(1, args.iters // 3)} a student, of 8 crops of 64 x 64; measured on {n} crops of 128 x 128")
     report(by_seed)
 
 

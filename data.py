@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from console import InputError, in_range
+from console import InputError, Parser, in_range
 from degradations import degrade, to_float
 from folders import ASSETS, expected, keep_split, list_hash, note, split_folder
 from model import PRESETS
-from pictures import read_image
+from pictures import probe, read_image
 
 
 # --- tasks: a row is everything an experiment of the paper fixes ---
@@ -92,11 +92,11 @@ def add_task_flags(parser):
     g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
 
 
-def resolve_task(args, row=None):
-    """The row that --dataset names (or the row given), with the cells that other flags override."""
+def resolve_task(args, row=None, training=True):
+    """The row that --dataset names (or the row given), with the cells that other flags override. Raises InputError where they do not fit each other."""
     given = {f.name: v for f in fields(Task) if f.name != "name" and (v := getattr(args, f.name, None)) is not None}
     task = replace(row or TASKS[args.dataset], **given)
-    if task.image_size % task.scale:
+    if task.image_size % task.scale and (training or task.crop == "center"):  # whole pictures are measured less their last rows
         raise InputError(f"--image_size {task.image_size} is not a multiple of --scale {task.scale}")
     if -1 < task.strength < 0:
         raise InputError(f"--strength {task.strength:g} should lie between 0 and 1, or be -1: drawn by picture")
@@ -323,9 +323,9 @@ def picture_sizes(paths, count=2000):
     sizes, broken = [], []
     for path in spread(paths, count):
         try:
-            with Image.open(path) as im:
-                sizes.append((im.size, path))
-        except Exception:  # Pillow raises whatever a broken file leads it to
+            p = probe(path)
+            sizes.append(((p.width, p.height), path))
+        except InputError:
             broken.append(path)
     return sorted(sizes, key=lambda item: min(item[0])), broken
 
@@ -352,7 +352,7 @@ def describe(split, task):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="What a training would use of a folder of pictures.", allow_abbrev=False)
+    p = Parser(description="What a training would use of a folder of pictures.")
     add_task_flags(p)
     p.add_argument("--data_dir", help="the folder (default: data/DATASET)")
     args = p.parse_args(argv)

@@ -47,7 +47,12 @@ def H_T(y, degradation, scale):
 
 
 def degrade(x_1, task, seeds):
-    """x_lr = H^T(H(x_1) + n): x_1 (B, 3, H, W) in [-1, 1] to the low-resolution picture at full size, in float.
+    """x_lr = H^T(H(x_1) + n): x_1 (B, 3, H, W) in [-1, 1] to the low-resolution picture at full size, in float."""
+    return H_T(observe(x_1, task, seeds), task.degradation, task.scale)
+
+
+def observe(x_1, task, seeds):
+    """y = H(x_1) + n, the low-resolution picture itself: x_1 (B, 3, H, W) in [-1, 1] to (B, 3, H/scale, W/scale).
 
     n has standard deviation task.sigma_n and comes from stream 1 of seeds (B,) int64. task.eight_bit: what H gives is
     clamped and rounded as it is in a file; "real" always is.
@@ -60,7 +65,7 @@ def degrade(x_1, task, seeds):
         y = y + task.sigma_n * kernels.normal(seeds, y.shape, stream=1)
     if task.eight_bit:
         y = to_float((y.clamp(-1, 1) * 127.5 + 127.5).round())
-    return H_T(y, task.degradation, task.scale)
+    return y
 
 
 # --- the published values ---

@@ -14,6 +14,8 @@ The teacher is --teacher, or the newest stage-1 checkpoint of the task under out
 """
 import argparse
 import copy
+import functools
+import os
 import sys
 from pathlib import Path
 
@@ -149,8 +151,10 @@ def make_times(t, args, t_last=1.0):
 def newest(task_name, stage, optional=False):
     """The newest checkpoint of that task under out/ of stage "flow", or "distill" (not of --loss perceptual), else the shipped flow for photos: its path.
 
-    Where there is none: None if optional, else raises InputError.
+    Says which it is. Where there is none: None if optional, else raises InputError.
     """
+    what, script, flag = {"flow": ("teacher", "train_flow.py", "--teacher"), "distill": ("student", "distill.py", "--init_from")}[stage]
+    say = functools.partial(print, file=sys.stderr) if os.environ.get("RANK", "0") == "0" else lambda line: None
     for path in sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
         try:
             checkpoint = load_checkpoint(path)
@@ -160,12 +164,13 @@ def newest(task_name, stage, optional=False):
         if checkpoint.get("stage") != stage or not isinstance(task, dict) or not isinstance(args, dict):  # another's
             continue
         if task["name"] == task_name and args.get("objective") != "perceptual":
+            say(f"{what}: {path}, the newest of {task_name} under out/ ({flag} names another)")
             return str(path)
     if stage == "flow" and task_name == "photos" and TEACHER.is_file():
+        say(f"{what}: the shipped {TEACHER.name} ({flag} names another)")
         return str(TEACHER)
     if optional:
         return None
-    what, script, flag = {"flow": ("teacher", "train_flow.py", "--teacher"), "distill": ("student", "distill.py", "--init_from")}[stage]
     raise InputError(f"no {what} for {task_name}: none under out/ ({script} --dataset {task_name} makes one, or name a file with {flag})")
 
 

@@ -1,16 +1,19 @@
-"""Measure restored pictures against the true ones: PSNR, SSIM, LPIPS, their trade-off, and its cost.
+"""Measure restored pictures against the true ones: PSNR, SSIM, LPIPS and more, their trade-off, and its cost.
 
     python evaluate.py                                            # the shipped weights on data/photos, else assets/
     python evaluate.py --data_dir DIR --pictures 8 --seeds 1      # a quick look: 8 photographs of yours, one seed
     python evaluate.py --ckpt out/photos_distill/ckpt.pt out/photos_flow/ckpt.pt --data_dir DIR --json scores.json --plot tradeoff.png
     python evaluate.py --ckpt out/photos_flow/ckpt.pt --solver midpoint,rk45 --steps 1,2,4 --data_dir DIR
     python evaluate.py --t 0.2,0.6,1 --solver midpoint --steps 5  # a student beside what it was taught: its teacher's path up to t
+    python evaluate.py --data_dir DIR --methods DDRM:20=results/ddrm SinSR:1=results/sinsr --plot methods.png --figure side.png
+    python evaluate.py --data_dir DIR --metrics psnr_rgb,lpips,fid,dists,musiq
+    python evaluate.py --data_dir DIR --tune_t psnr_rgb=26        # which t gives 26 dB on these pictures
     python evaluate.py --pairs out/eval/bicubic/seed0 out/eval/hr # any two folders of pictures, paired by stem
     torchrun --nproc_per_node 2 -- evaluate.py --data_dir DIR     # the processes share the pictures
 
 A student is swept over t, a flow over its steps (and over t too, where --t is given), beside a bicubic row. What is
-measured is what a user gets: every result is rounded to 8 bits, saved as a PNG under --out_dir, and read back by the
-same code for every method.
+measured is what a user gets: the low-resolution picture has 8 bits (--float_lr: the paper's, in float), every result is
+rounded to 8 bits, saved as a PNG under --out_dir, and read back by the same code for every method.
 """
 import argparse
 import functools
@@ -19,10 +22,11 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,57 +35,320 @@ import torch.distributed as dist
 from PIL import Image
 
 import data
-from console import InputError, atomic_write, in_range
-from degradations import H_T, H, degrade, to_float
+import figures
+from console import InputError, Parser, Progress, atomic_write, in_range
+from degradations import H_T, H, degrade, observe, to_float
 from folders import note, trained_on
 from kernels import to_uint8
-from metrics import METRICS, check_size, load_lpips, measure, pick_metrics, psnr_rgb
+from metrics import BACKBONES, FEW, HIGHER, METRICS, USUAL, Metrics, check_size, measure, measure_sets, pick_metrics, psnr_rgb
 from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
 from pictures import list_images, read_image, write_picture
-from sample import SOLVERS, dial, tile_size
+from sample import SOLVERS, tile_size
 from tiles import check_tile, pick_tile, restore
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = (WEIGHTS / "photos_x4.safetensors", WEIGHTS / "photos_x4_flow.safetensors")
+MARK = "evaluation.json"  # in --out_dir: the folders there are of results
 
 
-def summarise(records, seeds, count):
+# --- what to measure ---
+
+
+@dataclass
+class Network:
+    name: str
+    path: Path
+    net: UNet
+    stage: str  # "flow" or "distill"
+    task: data.Task
+    sha256: str  # of the file, its beginning
+    step: int  # how long it was trained; None if the file does not say
+    memory: dict  # of the lists it was trained on (folders.remember); None if the file does not say
+
+
+@dataclass
+class Row:
+    name: str  # on the terminal, and of its folder under out_dir
+    network: Network = None  # None: bicubic, or somebody's results
+    curve: str = None  # of the plot
+    how: dict = None  # t, solver and steps: the arguments of tiles.restore
+    results: dict = None  # somebody's: {stem of a true picture: path}
+    nfe: int = None  # that they say it took
+
+
+def measured_task(args, row=None):
+    """The task as it is measured: a row with the cells that flags override, and low-resolution pictures of 8 bits unless told."""
+    args = argparse.Namespace(**{**vars(args), "eight_bit": args.eight_bit is None or args.eight_bit})
+    return data.resolve_task(args, row, training=False)
+
+
+def load_network(path, device, args):
+    """A checkpoint with the task it is measured on: its own with the cells that flags override, or the row of --dataset."""
+    path = Path(path)
+    net, meta = load_model(path, device, args.model)
+    stage = meta["stage"] or args.stage
+    if stage is None:
+        raise InputError(f"{path} does not say what it is: add --stage flow or --stage distill")
+    if args.stage and args.stage != stage:
+        raise InputError(f"{path} says that its stage is {stage}: --stage is for files that do not")
+    if args.dataset:
+        task = measured_task(args)
+        if meta["task"] and args.sigma_p is None:
+            task = replace(task, sigma_p=meta["task"]["sigma_p"])  # the network's own: the rest is the data's
+    elif meta["task"]:
+        task = measured_task(args, data.Task(**meta["task"]))
+    else:
+        raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
+    if not task.condition and task.sigma_p == 1:
+        raise InputError(f"{path} draws pictures out of nothing: there are no true ones to measure them against")
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return Network("", path, net, stage, task, digest.hexdigest()[:12], meta.get("step"), meta.get("data"))
+
+
+def load_networks(files, device, args):
+    """Checkpoints, each called by its file's name, after those of the folders above as far as it takes to tell them apart. Raises InputError if one comes twice."""
+    networks, paths = [load_network(file, device, args) for file in files], [Path(file).absolute() for file in files]
+    if twice := next((p for i, p in enumerate(paths) if p in paths[:i]), None):
+        raise InputError(f"{twice} is named twice")
+    for n, path in zip(networks, paths):
+        depth = 1 if path.stem.startswith(("ckpt", "weights")) else 0  # what every run calls its files
+        while depth < len(path.parts) - 1 and any(name_of(p, depth) == name_of(path, depth) for p in paths if p != path):
+            depth += 1
+        n.name = name_of(path, depth)
+    return networks
+
+
+def name_of(path, depth):
+    return "_".join([*path.parts[:-1][len(path.parts) - 1 - depth:], path.stem])
+
+
+def check_together(networks):
+    """Raises InputError when networks cannot be measured on the same low-resolution pictures."""
+    for i, n in enumerate(networks):
+        for other in networks[:i]:
+            for cell in ("degradation", "strength", "scale", "sigma_n", "crop", "image_size"):
+                a, b = getattr(other.task, cell), getattr(n.task, cell)
+                if a != b and not (cell == "image_size" and n.task.crop == "random"):
+                    raise InputError(f"{other.path} and {n.path} have different tasks ({cell} {a} and {b}): measure them apart, or give --{cell}")
+
+
+def check_networks(networks, args):
+    """Raises InputError when the networks cannot share a table, or a flag would be without effect."""
+    check_together(networks)
+    stages = {n.stage for n in networks}
+    if (args.solver or args.steps) and "flow" not in stages:
+        raise InputError("--solver and --steps are for a stage-1 flow, and none is among the checkpoints")
+    if args.steps and args.solver == ["rk45"]:
+        raise InputError("rk45 chooses its steps itself, by --rtol and --atol: it goes without --steps")
+    if args.tune_t and "distill" not in stages:
+        raise InputError("--tune_t turns the dial of a student, and none is among the checkpoints")
+    if beyond := [t for t in args.t or () if not 0 <= t <= 1]:
+        if "flow" in stages:
+            raise InputError(f"--t {beyond[0]:g}: a flow begins at t = 0 and ends at 1; beyond them only a student can be asked")
+        note(f"t = {', '.join(f'{t:g}' for t in beyond)}: no network was trained there")
+
+
+def plan_rows(networks, args):
+    """The rows of the table: bicubic, then each student over t and each flow over its solvers and steps, and over --t, if given.
+
+    Unless --steps says otherwise, a sweep of a second-order solver begins with the one-step Euler result,
+    which has no intermediate time and is what a student starts from. With --tune_t a student's rows are found on the way.
+    """
+    rows = [Row("bicubic")]
+    for n in networks:
+        if n.stage == "distill":
+            ts = () if args.tune_t else args.t or (0, 0.25, 0.5, 0.75, 1)
+            rows += [student_row(n, t) for t in dict.fromkeys(ts)]
+            continue
+        for solver in dict.fromkeys(args.solver or ("midpoint",)):
+            hows = [dict(solver=solver, steps=k) for k in dict.fromkeys(args.steps or (1, 2, 4, 8))]
+            if solver == "rk45":
+                hows = [dict(solver=solver, rtol=args.rtol, atol=args.atol)]
+            elif not (args.steps or args.t or "euler" in (args.solver or ())):
+                hows.insert(0, dict(solver="euler", steps=1))
+            for how in hows:
+                name = f"{how['solver']}{how.get('steps', '')}"
+                if args.t:
+                    rows += [Row(f"{n.name}_{name}_t{t:g}", n, f"{n.name}, {name}", dict(how, t=t)) for t in dict.fromkeys(args.t)]
+                else:
+                    rows.append(Row(f"{n.name}_{name}", n, f"{n.name}, {solver}", how))
+    return rows
+
+
+def student_row(network, t):
+    return Row(f"{network.name}_t{t:g}", network, network.name, dict(t=t))
+
+
+def find_methods(methods, stems, complete, taken):
+    """The rows of --methods, (name, evaluations or None, folder) each. complete: the folders should hold nothing else.
+
+    Results are paired with the true pictures by their place below the folder, or by the name alone. Raises InputError for
+    what has no partner, and for a name that is in `taken` already.
+    """
+    rows = []
+    for name, nfe, folder in methods:
+        if name in taken or name in [row.name for row in rows]:
+            raise InputError(f"two rows would be called {name}: give --methods another name")
+        there = by_stem(list_images(folder), folder)
+        places = {stem: stem if stem in there else stem.rpartition("/")[2] for stem in stems}
+        if missing := [stem for stem, place in places.items() if place not in there]:
+            raise InputError(f"{name} has no {missing[0]}.* in {folder} ({len(missing)} of {len(stems)} are missing)")
+        if len(set(places.values())) < len(places):
+            raise InputError(f"in {folder} one result would serve for two true pictures of the same name: lay it out as the true ones are")
+        if complete and (extra := sorted(there.keys() - set(places.values()))):
+            raise InputError(f"{there[extra[0]]} of {name} has no true picture ({len(extra)} of {len(there)} have none)")
+        rows.append(Row(name, results={stem: there[place] for stem, place in places.items()}, nfe=nfe))
+    return rows
+
+
+# --- measuring ---
+
+
+@dataclass
+class Bench:
+    """What all rows of a table share."""
+    truth: dict  # {stem: path of the true picture's PNG}
+    task: data.Task
+    out_dir: Path
+    metrics: Metrics
+    dtype: torch.dtype
+    rk45_dtype: torch.dtype
+    tile: object
+    tile_pad: int
+    rank: int = 0
+    world: int = 1
+    features: dict = field(default_factory=dict)  # of the true pictures, for Fréchet distances
+
+    def png(self, row, seed, stem):
+        return row.results[stem] if row.results else self.out_dir / row.name / f"seed{seed}" / f"{stem}.png"
+
+    def seeds(self, row, count):
+        """bicubic without noise has no seed, nor have somebody's results."""
+        drawn = row.network or (not row.results and (self.task.sigma_n or self.task.degradation == "real"))
+        return range(count) if drawn else [0]
+
+
+@torch.no_grad()
+def run_row(row, bench, seeds, progress):
+    """Restore, save, read back and measure this process's share of the true pictures under each seed: a list of records.
+
+    The noise of a picture follows from its file's name and the seed: it does not depend on which others are there.
+    "seconds" is the time of `restore` alone: x_0 and the network, without reading, degrading, writing or measuring.
+    """
+    records = []
+    for seed in seeds:
+        progress.start(f"{row.name}, seed {seed}")
+        for stem in sorted(bench.truth)[bench.rank::bench.world]:
+            path, png = bench.truth[stem], bench.png(row, seed, stem)
+            x_1 = to_float(torch.from_numpy(read_image(path)).permute(2, 0, 1)[None])
+            number = int.from_bytes(hashlib.sha256(os.fsencode(path.stem)).digest()[:4], "little")
+            stream = data.image_seeds(seed, torch.tensor([number]))
+            y = observe(x_1, bench.task, stream)
+            nfe, seconds = (row.nfe, None) if row.results else restore_picture(row, bench, y, stream, png)
+            records.append(dict(stem=stem, seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, bench.task.scale, bench.metrics, y, bench.task)))
+            progress.add(1)
+    if len(records) > 1:
+        records[0]["seconds"] = None  # it warmed the machine up
+    return records
+
+
+def restore_picture(row, bench, y, stream, png):
+    """Restore one low-resolution picture y (1, 3, h, w) as the row says, into a PNG: (evaluations, seconds or None)."""
+    x_lr = H_T(y, bench.task.degradation, bench.task.scale)
+    if row.network is None:
+        x, nfe, seconds = bicubic(x_lr, bench.task), 0, None
+    else:
+        dtype = bench.rk45_dtype if row.how.get("solver") == "rk45" else bench.dtype
+        start = time.perf_counter()
+        x, nfe = restore(row.network.net, x_lr, row.network.task.sigma_p, stream, dtype=dtype, tile_pad=bench.tile_pad,
+                         tile=pick_tile(bench.tile, row.network.net, *x_lr.shape[2:], dtype, bench.tile_pad), **row.how)
+        seconds = time.perf_counter() - start  # x is back on the CPU: the device has finished
+    if not x.isfinite().all():
+        raise InputError(f"{row.name} gave a value that is not finite for {png.name}")
+    write_picture(png, to_uint8(x)[0].numpy())
+    return nfe, seconds
+
+
+def measure_row(row, bench, count, progress):
+    """A line of the table, from all processes and under `count` seeds: what `summarise` makes of it, and "t", "solver", "steps"."""
+    seeds = bench.seeds(row, count)
+    parts = [run_row(row, bench, seeds, progress)]
+    if bench.world > 1:
+        gathered = [None] * bench.world
+        dist.all_gather_object(gathered, parts[0])
+        parts = gathered
+    sets = []
+    if bench.metrics.sets and bench.rank == 0:  # the files of all processes are there now
+        stems = sorted(bench.truth)
+        sets = [measure_sets([bench.png(row, s, stem) for stem in stems], [bench.truth[stem] for stem in stems], bench.metrics, bench.features) for s in seeds]
+    how = dict(t=None, solver=None, steps=None) | (row.how or {})
+    return dict(name=row.name, curve=row.curve, **how, **summarise(sum(parts, []), seeds, len(bench.truth), sets))
+
+
+def summarise(records, seeds, count, sets=()):
     """The numbers of one row: means over pictures, and over seeds; NAME_std is the deviation over seeds of the pictures' mean.
 
-    records: a dict of metrics, "seed", "nfe", "seconds" for each picture under each seed. The deviation is that
-    of a sample (n - 1), None with one seed or where a mean is infinite (a picture restored without any error).
+    records: a dict of metrics, "seed", "nfe", "seconds" for each picture under each seed; sets: one of Fréchet distances for
+    each seed. The deviation is that of a sample (n - 1), None with one seed or where a mean is infinite (a picture restored
+    without any error).
     """
     if sorted(r["seed"] for r in records) != sorted(count * list(seeds)):
         raise RuntimeError(f"{len(records)} results where there should be {count} of each of the seeds {list(seeds)}")
-    row = dict(pictures=count, seeds=list(seeds), nfe=statistics.fmean(r["nfe"] for r in records))
-    for name in (name for name in METRICS if name in records[0]):
-        means = [statistics.fmean(r[name] for r in records if r["seed"] == s) for s in seeds]
+    known = all(r["nfe"] is not None for r in records)
+    row = dict(pictures=count, seeds=list(seeds), nfe=statistics.fmean(r["nfe"] for r in records) if known else None)
+    by_seed = {name: [statistics.fmean(r[name] for r in records if r["seed"] == s) for s in seeds] for name in METRICS if name in records[0]}
+    by_seed |= {name: [one[name] for one in sets] for name in METRICS if sets and name in sets[0]}
+    for name, means in by_seed.items():
         finite = len(means) > 1 and all(map(math.isfinite, means))
         row.update({name: statistics.fmean(means), f"{name}_std": statistics.stdev(means) if finite else None, f"{name}_by_seed": means})
     seconds = [r["seconds"] for r in records if r["seconds"] is not None]
     return {**row, "seconds": statistics.median(seconds) if seconds else None}
 
 
-@torch.no_grad()
-def validate(predict, x_1, task, lpips, device):
-    """A quick look during training: PSNR and LPIPS of what predict makes of x_1 (N, 3, S, S) uint8, and a picture of it.
+def choose_t(score, goal=None, lower=True, rounds=6):
+    """The t in [0, 1] that serves best (Appendix J): t, among those that score(t) -> number was asked for.
 
-    predict: x_lr (1, 3, S, S) and seeds (1,) -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
-    "lpips_NAME"}, with x_lr's own under "lr", and x_lr, the results and x_1 of the first four side by side, uint8 (H, W, 3).
+    With a goal, where the score comes closest to it: it rises or falls with t, and the interval is halved `rounds` times.
+    Without one, where the score is lowest (or highest): of five t, then of the neighbours of the best at ever smaller distances.
     """
-    scores, rows = {}, []
-    for i, picture in enumerate(x_1):
-        truth, seeds = to_float(picture[None]).to(device), torch.full((1,), i, device=device)
-        x_lr = degrade(truth, task, seeds)
-        results = {"lr": x_lr, **predict(x_lr, seeds)}
-        shown = {name: to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
-        for name, x in shown.items():
-            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
-            if lpips and min(picture.shape[1:]) >= 32:  # AlexNet's pooling leaves nothing of less
-                scores.setdefault(f"lpips_{name}", []).append(lpips(to_float(x), truth).item())
-        if i < 4:
-            rows.append(torch.cat([x[0].cpu() for x in shown.values()] + [picture], dim=2))
-    return {k: statistics.fmean(v) for k, v in scores.items()}, torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
+    known = {t: score(t) for t in ((0.0, 1.0) if goal is not None else (0.0, 0.25, 0.5, 0.75, 1.0))}
+    low, high, width = 0.0, 1.0, 0.125
+    for _ in range(rounds):
+        if goal is None:
+            best = (min if lower else max)(known, key=known.get)
+            new = [t for t in (best - width, best + width) if 0 <= t <= 1 and t not in known]
+            width /= 2
+            if width < 1 / 64:
+                break
+        else:
+            if (known[0.0] - goal) * (known[1.0] - goal) > 0:  # it lies beyond both ends
+                break
+            middle = (low + high) / 2
+            known[middle] = score(middle)
+            low, high = (middle, high) if (known[middle] > goal) == (known[0.0] > goal) else (low, middle)
+            new = []
+        known.update({t: score(t) for t in new})
+    if goal is not None:
+        return min(known, key=lambda t: abs(known[t] - goal))
+    return (min if lower else max)(known, key=known.get)
+
+
+def tune(network, bench, args, progress, say):
+    """--tune_t METRIC[=GOAL] for one student: every line that was measured on the way, and what came out in words."""
+    name, goal = args.tune_t
+    lines = {}
+
+    def score(t):
+        lines[t] = measure_row(student_row(network, t), bench, args.seeds, progress)
+        say(lines[t])
+        return lines[t][name]
+    t = choose_t(score, goal, lower=name not in HIGHER)
+    digits = METRICS[name]
+    asked = f"nearest to {goal:g}" if goal is not None else "best"
+    return list(lines.values()), f"{network.name}: --t {t:g} is {asked}: {name} {lines[t][name]:.{digits}f}"
 
 
 # --- pictures and pairs ---
@@ -151,128 +418,29 @@ def bicubic(x_lr, task):
     return H_T(H(x_lr, task.degradation, task.scale), "bicubic", task.scale)  # H undoes the repetition exactly
 
 
-# --- what to measure ---
-
-
-@dataclass
-class Network:
-    name: str
-    path: Path
-    net: UNet
-    stage: str  # "flow" or "distill"
-    task: data.Task
-    sha256: str  # of the file, its beginning
-    step: int  # how long it was trained; None if the file does not say
-    memory: dict  # of the lists it was trained on (folders.remember); None if the file does not say
-
-
-@dataclass
-class Row:
-    name: str  # on the terminal, and of its folder under out_dir
-    network: Network = None  # None: bicubic
-    curve: str = None  # of the plot
-    how: dict = None  # t, solver and steps: the arguments of tiles.restore
-
-
-def load_network(path, device, args):
-    """A checkpoint with the task it is measured on: its own with the cells that flags override, or the row of --dataset."""
-    path = Path(path)
-    net, meta = load_model(path, device, args.model)
-    stage = meta["stage"] or args.stage
-    if stage is None:
-        raise InputError(f"{path} does not say what it is: add --stage flow or --stage distill")
-    if args.stage and args.stage != stage:
-        raise InputError(f"{path} says that its stage is {stage}: --stage is for files that do not")
-    if args.dataset:
-        task = data.resolve_task(args)
-        if meta["task"] and args.sigma_p is None:
-            task = replace(task, sigma_p=meta["task"]["sigma_p"])  # the network's own: the rest is the data's
-    elif meta["task"]:
-        task = data.resolve_task(args, data.Task(**meta["task"]))
-    else:
-        raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
-    if not task.condition and task.sigma_p == 1:
-        raise InputError(f"{path} draws pictures out of nothing: there are no true ones to measure them against")
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    name = f"{path.absolute().parent.name}_{path.stem}" if path.stem.startswith("ckpt") else path.stem
-    return Network(name, path, net, stage, task, digest.hexdigest()[:12], meta.get("step"), meta.get("data"))
-
-
-def check_networks(networks, args):
-    """Raises InputError when the networks cannot share a table, or a flag would be without effect."""
-    for i, n in enumerate(networks):
-        for other in networks[:i]:
-            if n.name == other.name:
-                raise InputError(f"{other.path} and {n.path} would both be called {n.name}: rename one")
-            for cell in ("degradation", "strength", "scale", "sigma_n", "crop", "image_size"):
-                a, b = getattr(other.task, cell), getattr(n.task, cell)
-                if a != b and not (cell == "image_size" and n.task.crop == "random"):
-                    raise InputError(f"{other.path} and {n.path} have different tasks ({cell} {a} and {b}): measure them apart, or give --{cell}")
-    stages = {n.stage for n in networks}
-    if (args.solver or args.steps) and "flow" not in stages:
-        raise InputError("--solver and --steps are for a stage-1 flow, and none is among the checkpoints")
-    if args.steps and args.solver == ["rk45"]:
-        raise InputError("rk45 chooses its steps itself, by --rtol and --atol: it goes without --steps")
-
-
-def plan_rows(networks, args):
-    """The rows of the table: bicubic, then each student over t and each flow over its solvers and steps, and over --t, if given.
-
-    Unless --steps says otherwise, a sweep of a second-order solver begins with the one-step Euler result,
-    which has no intermediate time and is what a student starts from.
-    """
-    rows = [Row("bicubic")]
-    for n in networks:
-        if n.stage == "distill":
-            rows += [Row(f"{n.name}_t{t:g}", n, n.name, dict(t=t)) for t in dict.fromkeys(args.t or (0, 0.25, 0.5, 0.75, 1))]
-            continue
-        for solver in dict.fromkeys(args.solver or ("midpoint",)):
-            hows = [dict(solver=solver, steps=k) for k in dict.fromkeys(args.steps or (1, 2, 4, 8))]
-            if solver == "rk45":
-                hows = [dict(solver=solver, rtol=args.rtol, atol=args.atol)]
-            elif not (args.steps or args.t or "euler" in (args.solver or ())):
-                hows.insert(0, dict(solver="euler", steps=1))
-            for how in hows:
-                name = f"{how['solver']}{how.get('steps', '')}"
-                if args.t:
-                    rows += [Row(f"{n.name}_{name}_t{t:g}", n, f"{n.name}, {name}", dict(how, t=t)) for t in dict.fromkeys(args.t)]
-                else:
-                    rows.append(Row(f"{n.name}_{name}", n, f"{n.name}, {solver}", how))
-    return rows
+# --- a look during training ---
 
 
 @torch.no_grad()
-def run_row(row, truth, task, seeds, out_dir, metrics, dtype, tile, tile_pad):
-    """Restore, save, read back and measure each picture of truth {stem: path of its PNG} under each seed: a list of records.
+def validate(predict, x_1, task, lpips, device):
+    """A quick look during training: PSNR and LPIPS of what predict makes of x_1 (N, 3, S, S) uint8, and a picture of it.
 
-    The noise of a picture follows from its file's name and the seed: it does not depend on which others are there.
-    "seconds" is the time of `restore` alone: x_0 and the network, without reading, degrading, writing or measuring.
+    predict: x_lr (1, 3, S, S) and seeds (1,) -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
+    "lpips_NAME"}, with x_lr's own under "lr", and x_lr, the results and x_1 of the first four side by side, uint8 (H, W, 3).
     """
-    records = []
-    for seed in seeds:
-        for stem, path in truth.items():
-            x_1 = to_float(torch.from_numpy(read_image(path)).permute(2, 0, 1)[None])
-            number = int.from_bytes(hashlib.sha256(os.fsencode(path.stem)).digest()[:4], "little")
-            stream = data.image_seeds(seed, torch.tensor([number]))
-            x_lr = degrade(x_1, task, stream)
-            if row.network is None:
-                x, nfe, seconds = bicubic(x_lr, task), 0, None
-            else:
-                start = time.perf_counter()
-                x, nfe = restore(row.network.net, x_lr, row.network.task.sigma_p, stream, dtype=dtype, tile_pad=tile_pad,
-                                 tile=pick_tile(tile, row.network.net, *x_lr.shape[2:], dtype, tile_pad), **row.how)
-                seconds = time.perf_counter() - start  # x is back on the CPU: the device has finished
-            if not x.isfinite().all():
-                raise InputError(f"{row.name} gave a value that is not finite for {stem} with seed {seed}")
-            png = out_dir / row.name / f"seed{seed}" / f"{stem}.png"
-            write_picture(png, to_uint8(x)[0].numpy())
-            records.append(dict(seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, task.scale, metrics)))
-    if len(records) > 1:
-        records[0]["seconds"] = None  # it warmed the machine up
-    return records
+    scores, rows = {}, []
+    for i, picture in enumerate(x_1):
+        truth, seeds = to_float(picture[None]).to(device), torch.full((1,), i, device=device)
+        x_lr = degrade(truth, task, seeds)
+        results = {"lr": x_lr, **predict(x_lr, seeds)}
+        shown = {name: to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
+        for name, x in shown.items():
+            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
+            if lpips and min(picture.shape[1:]) >= 32:  # AlexNet's pooling leaves nothing of less
+                scores.setdefault(f"lpips_{name}", []).append(lpips(to_float(x), truth).item())
+        if i < 4:
+            rows.append(torch.cat([x[0].cpu() for x in shown.values()] + [picture], dim=2))
+    return {k: statistics.fmean(v) for k, v in scores.items()}, torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
 
 
 # --- what to say ---
@@ -304,53 +472,132 @@ def write_json(path, protocol, rows):
     atomic_write(path, lambda tmp: tmp.write_text(text + "\n"))
 
 
-def plot(path, rows):
-    """PSNR against LPIPS: a curve for each network, its points labelled with t or the evaluations counted, and bicubic."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="LPIPS (left is better)", ylabel="PSNR in dB (up is better)")
-    curves = {}
-    for row in rows:
-        curves.setdefault(row["curve"] or row["name"], []).append(row)
-    for name, points in curves.items():
-        axes.plot([p["lpips"] for p in points], [p["psnr_rgb"] for p in points], "o-" if len(points) > 1 else "s", label=name)
-        for p in points if points[0]["curve"] else ():
-            label = f"t {p['t']:g}" if p["t"] is not None else f"{p['nfe']:.4g} NFE"
-            axes.annotate(label, (p["lpips"], p["psnr_rgb"]), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    atomic_write(path, lambda tmp: figure.savefig(tmp, format=Path(path).suffix[1:].lower(), dpi=150))
+def how_degraded(task):
+    strength = "drawn" if task.strength < 0 else f"{task.strength:g}"
+    return f"real, strength {strength}," if task.degradation == "real" else task.degradation
+
+
+def describe(networks, rows, bench, what, args, device):
+    """The protocol: (dict, one line, a line for each network with its cost)."""
+    task, parts = bench.task, []
+    for n in networks:
+        how = " ".join(r.name.removeprefix(f"{n.name}_") for r in rows if r.network is n) or "t sought"
+        how += f" (rk45: rtol {args.rtol:g}, atol {args.atol:g}, {name_of_dtype(bench.rk45_dtype)})" if "rk45" in how else ""
+        parts.append(dict(name=n.name, file=str(n.path), sha256=n.sha256, stage=n.stage, step=n.step, sigma_p=n.task.sigma_p, how=how,
+                          trained_on=n.memory and dict(pictures=n.memory["train"], sha256=n.memory["sha256"]),
+                          parameters=sum(p.numel() for p in n.net.parameters()), gmacs_256=count_macs(n.net, 256, 256) / 1e9,
+                          gmacs_256_standard=count_macs(n.net, 256, 256, standard=True) / 1e9))
+    cut = f"centre {task.image_size}" if task.crop == "center" else f"whole, to multiples of {task.scale}"
+    bits = "8 bits" if task.eight_bit else "float"
+    protocol = dict(pictures=what, cut=cut, H=how_degraded(task), scale=task.scale, low_resolution=bits, sigma_n=task.sigma_n, seeds=list(range(args.seeds)),
+                    networks=parts, methods=[f"{name}={folder}" for name, _, folder in args.methods], metrics=bench.metrics.notes,
+                    dtype=name_of_dtype(bench.dtype), tile=args.tile, device=str(device), torch=torch.__version__)
+    line = (f"{what} ({cut}), H {how_degraded(task)} x{task.scale} in {bits}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
+            + "".join(f"{p['name']} = {p['file']} sha256 {p['sha256']}, sigma_p {p['sigma_p']:g}, {p['how']}; " for p in parts)
+            + "".join(f"{method}; " for method in protocol["methods"]) + "".join(f"{text}; " for text in bench.metrics.notes)
+            + f"{protocol['dtype']}, tile {args.tile}, {device}, torch {torch.__version__}")
+    costs = [f"{p['name']}: {p['stage']}, step {'unknown' if p['step'] is None else p['step']}, {p['parameters']:,} parameters, "
+             f"{p['gmacs_256']:.2f} GMACs an evaluation at 256x256 ({p['gmacs_256_standard']:.2f} GMACs, {2 * p['gmacs_256_standard']:.2f} GFLOPs in standard layers), "
+             + (f"trained on {p['trained_on']['pictures']:,} pictures, list {p['trained_on']['sha256']}" if p["trained_on"] else "trained on an unknown list") for p in parts]
+    return protocol, "\n".join([line, *costs])
+
+
+def name_of_dtype(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def peak_memory(device):
+    """The most memory this process has held so far, GiB: on a GPU of its tensors, else of all; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return None
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+# --- the folder of results ---
+
+
+@functools.cache
+def lock(out_dir):
+    """Keep the folder for this program while it runs. Raises InputError if another one has it."""
+    from filelock import FileLock, Timeout  # comes with torch
+    held = FileLock(out_dir / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another evaluate.py writes into {out_dir}: choose another --out_dir") from None
+    except (NotImplementedError, OSError):  # a file system without locks
+        pass
+    return held  # as long as somebody has it, it is held
+
+
+def clear(out_dir):
+    """Make out_dir a folder of this run alone: what an earlier run left there goes. Raises InputError if something there is not ours."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock(out_dir)
+        there, marked = sorted(p for p in out_dir.iterdir() if p.name not in (MARK, ".lock")), (out_dir / MARK).is_file()
+        for path in there:
+            if not (marked and path.is_dir() and (path.name == "hr" or all(p.name.startswith("seed") for p in path.iterdir()))):
+                raise InputError(f"--out_dir {out_dir} holds {path.name}, which evaluate.py did not write: choose another, or take it away")
+        for path in there:
+            shutil.rmtree(path)
+    except OSError as e:
+        raise InputError(f"cannot write into {out_dir}: {e.strerror}") from None
+    atomic_write(out_dir / MARK, lambda tmp: tmp.write_text("{}\n"))  # no training takes what lies beside it for photographs
 
 
 # --- the command line ---
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(description=__doc__)
     data.add_task_flags(p)
     p.set_defaults(dataset=None)  # so that a checkpoint's own task is known from one that was asked for
     whole, positive = in_range(int, 0), in_range(int, 1)
-    p.add_argument("--ckpt", nargs="+", metavar="FILE", help="students and flows to measure (default: those in weights/)")
-    p.add_argument("--data_dir", help="folder of true pictures: its val/, else those of the task's list, else all (default: data/DATASET)")
-    p.add_argument("--pairs", nargs=2, metavar=("RESTORED", "TRUE"), help="measure a folder of pictures against another instead")
-    p.add_argument("--pictures", type=whole, default=0, help="measure this many pictures, spread evenly; 0: all")
-    p.add_argument("--trained_too", action="store_true", help="measure what a network was trained on, too, which is left out otherwise")
-    p.add_argument("--seeds", type=positive, default=3, help="repeat with the seeds 0 to SEEDS - 1: x_0 is random")
-    p.add_argument("--t", type=dial, help="where to set the dial (default: 0,0.25,0.5,0.75,1 for a student; 1, the whole path, for a flow)")
-    p.add_argument("--solver", type=solvers, help=f"of a flow, one or several of {','.join(SOLVERS)} (default: midpoint)")
-    p.add_argument("--steps", type=lambda text: [positive(x) for x in text.split(",")], help="of a flow's solver (default: one of euler, then 1,2,4,8)")
-    p.add_argument("--rtol", type=in_range(float, 1e-6), default=1e-3, help="relative tolerance of rk45")
-    p.add_argument("--atol", type=in_range(float, 1e-6), default=1e-3, help="absolute tolerance of rk45")
-    p.add_argument("--stage", choices=("flow", "distill"), help="what a checkpoint is, for a published file, which does not say")
-    p.add_argument("--out_dir", default="out/eval", help="where the measured PNGs go (default: out/eval)")
-    p.add_argument("--json", metavar="FILE", help="write the table there too")
-    p.add_argument("--plot", metavar="FILE", help="draw PSNR against LPIPS there: .png, .pdf or .svg")
-    p.add_argument("--lpips_backbone", metavar="FILE", help="torchvision's AlexNet weights (default: OFTSR_LPIPS_ALEX, else torchvision's cache)")
-    p.add_argument("--tile", type=tile_size, default="auto", help="side of the tiles in output pixels; 0: never tile (default: auto)")
-    p.add_argument("--tile_pad", type=positive, default=32, help="half the width over which tiles blend")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
+    g = p.add_argument_group("what is measured")
+    g.add_argument("--ckpt", nargs="+", metavar="FILE", help="students and flows to measure (default: those in weights/)")
+    g.add_argument("--stage", choices=("flow", "distill"), help="what a checkpoint is, for a published file, which does not say")
+    g.add_argument("--methods", nargs="+", type=method, default=[], metavar="NAME[:NFE]=DIR", help="folders of other methods' results for the same pictures, a row each")
+    g.add_argument("--pairs", nargs=2, metavar=("RESTORED", "TRUE"), help="measure a folder of pictures against another instead")
+    g.add_argument("--metrics", type=chosen_metrics, default=list(USUAL), help=f"of {', '.join(METRICS)} (default: {','.join(USUAL)})")
+    g = p.add_argument_group("on which pictures")
+    g.add_argument("--data_dir", help="folder of true pictures: its validation pictures, else all (default: data/DATASET)")
+    g.add_argument("--pictures", type=whole, default=0, help="measure this many pictures, spread evenly; 0: all")
+    g.add_argument("--trained_too", action="store_true", help="measure what a network was trained on, too, which is left out otherwise")
+    g.add_argument("--float_lr", dest="eight_bit", action="store_false", help="the paper's low-resolution pictures, in float: no --eight_bit")
+    g.add_argument("--seeds", type=positive, default=3, help="repeat with the seeds 0 to SEEDS - 1: x_0 is random")
+    g = p.add_argument_group("how they are restored")
+    g.add_argument("--t", type=dial, help="where to set the dial (default: 0,0.25,0.5,0.75,1 for a student; 1, the whole path, for a flow)")
+    g.add_argument("--tune_t", type=tuning, metavar="METRIC[=GOAL]", help="find a student's t: where the metric is best, or comes closest to the goal")
+    g.add_argument("--solver", type=solvers, help=f"of a flow, one or several of {','.join(SOLVERS)} (default: midpoint)")
+    g.add_argument("--steps", type=lambda text: [positive(x) for x in text.split(",")], help="of a flow's solver (default: one of euler, then 1,2,4,8)")
+    g.add_argument("--rtol", type=in_range(float, 1e-6), default=1e-3, help="relative tolerance of rk45")
+    g.add_argument("--atol", type=in_range(float, 1e-6), default=1e-3, help="absolute tolerance of rk45")
+    g = p.add_argument_group("what is written")
+    g.add_argument("--out_dir", default="out/eval", help="where the measured PNGs go; an earlier run's are taken away (default: out/eval)")
+    g.add_argument("--json", metavar="FILE", help="write the table there too")
+    g.add_argument("--plot", metavar="FILE", help="draw PSNR against LPIPS there, a bubble's size for the evaluations: .png, .pdf or .svg")
+    g.add_argument("--figure", metavar="FILE", help="draw the rows side by side there, with numbers and a detail of each: .png")
+    g.add_argument("--figure_pictures", metavar="STEM,...", type=lambda text: text.split(","), help="which pictures (default: 4, spread evenly)")
+    g = p.add_argument_group("machine")
+    for kind, flag in (("lpips", "--lpips_backbone"), ("vgg16", "--vgg_backbone"), ("inception", "--inception")):
+        b = BACKBONES[kind]
+        g.add_argument(flag, metavar="FILE", help=f"weights of {b.what}, {b.pattern} (default: {b.variable}, else torch's cache)")
+    g.add_argument("--tile", type=tile_size, default="auto", help="side of the tiles in output pixels; 0: never tile (default: auto)")
+    g.add_argument("--tile_pad", type=positive, default=32, help="half the width over which tiles blend")
+    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic (auto: of rk45's float32, by which the paper counts evaluations)")
     return p.parse_args(argv)
+
+
+def dial(text):
+    try:
+        return [in_range(float, -10, 10)(x) for x in text.split(",")]
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f"{e}; it takes numbers with commas between, 0 (fidelity) to 1 (realism) and, on your own risk, beyond") from None
 
 
 def solvers(text):
@@ -360,58 +607,73 @@ def solvers(text):
     return names
 
 
+def chosen_metrics(text):
+    names = text.split(",")
+    if unknown := [name for name in names if name not in METRICS]:
+        raise argparse.ArgumentTypeError(f"no metric {unknown[0]!r}: there are {', '.join(METRICS)}")
+    return [name for name in METRICS if name in names]
+
+
+def tuning(text):
+    name, _, goal = text.partition("=")
+    (name,) = chosen_metrics(name)
+    return name, in_range(float, -math.inf)(goal) if goal else None
+
+
+def method(text):
+    """NAME[:NFE]=DIR as (name, evaluations or None, folder)."""
+    name, equals, folder = text.partition("=")
+    name, _, nfe = name.partition(":")
+    if not (equals and name and folder) or "/" in name:
+        raise argparse.ArgumentTypeError(f"{text!r} should be NAME=DIR or NAME:NFE=DIR")
+    return name, in_range(int, 0)(nfe) if nfe else None, Path(folder)
+
+
 def check_flags(args):
     """What can be known to be wrong before any work. Raises InputError."""
     check_tile(args.tile, args.tile_pad)
-    if args.pairs and (idle := [f for f in ("ckpt", "data_dir", "pictures", "t", "solver", "steps", "plot") if getattr(args, f)]):
+    if args.pairs and (idle := [f for f in ("ckpt", "data_dir", "pictures", "t", "solver", "steps", "plot", "methods", "figure", "tune_t") if getattr(args, f)]):
         raise InputError(f"--pairs measures two folders as they are: it goes without --{idle[0]}")
-    if args.plot and Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--plot {args.plot} should end in .png, .pdf or .svg")
+    if args.pairs and "consistency" in args.metrics:
+        raise InputError("--pairs knows no low-resolution pictures to measure consistency with")
+    if args.tune_t and args.t:
+        raise InputError("--tune_t seeks the t that --t would give: one or the other")
+    if args.tune_t and args.tune_t[0] not in args.metrics:
+        raise InputError(f"--tune_t {args.tune_t[0]} is not among --metrics")
+    for flag, endings in (("plot", (".png", ".pdf", ".svg")), ("figure", (".png",))):
+        if (file := getattr(args, flag)) and Path(file).suffix.lower() not in endings:
+            raise InputError(f"--{flag} {file} should end in {' or '.join([', '.join(endings[:-1]), endings[-1]] if len(endings) > 1 else endings)}")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib: pip install matplotlib")
-    for file in filter(None, (args.json, args.plot)):
+    for file in filter(None, (args.json, args.plot, args.figure)):
         if Path(file).is_dir():
             raise InputError(f"{file} is a folder: name a file to write")
+
+
+def pick(args, crop, device):
+    return pick_metrics(args.metrics, crop, device, args.lpips_backbone, args.vgg_backbone, args.inception)
 
 
 def measure_pairs(args, device):
     """The table of one row for two folders."""
     restored, truth = args.pairs
-    pairs, lpips = find_pairs(restored, truth), load_lpips(args.lpips_backbone, device)
+    pairs = find_pairs(restored, truth)
     crop = data.TASKS[args.dataset or "photos"].scale if args.scale is None else args.scale
-    metrics = pick_metrics(crop, lpips, device)
-    records = [dict(seed=0, nfe=0, seconds=None, **measure(a, b, crop, metrics)) for _, a, b in pairs]
-    row = dict(name=Path(restored).name, **{**summarise(records, [0], len(pairs)), "nfe": None, "seeds": None})
-    protocol = dict(restored=str(restored), truth=str(truth), pictures=len(pairs), crop=crop, torch=torch.__version__)
-    names = [name for name in METRICS if name in row]
-    print(f"{len(pairs)} pairs: {restored} against {truth}; psnr_y and ssim_y without {crop} pixels at each border; torch {torch.__version__}")
-    print(table_line(None, len(row["name"]), names) + "\n" + table_line(row, len(row["name"]), names))
+    metrics = pick(args, crop, device)
+    warn_of_few(metrics, len(pairs))
+    records = [dict(seed=0, nfe=None, seconds=None, **measure(a, b, crop, metrics)) for _, a, b in pairs]
+    sets = [measure_sets([a for _, a, _ in pairs], [b for _, _, b in pairs], metrics, {})] if metrics.sets else ()
+    row = dict(name=Path(restored).name, **{**summarise(records, [0], len(pairs), sets), "seeds": None})
+    protocol = dict(restored=str(restored), truth=str(truth), pictures=len(pairs), crop=crop, metrics=metrics.notes, torch=torch.__version__)
+    print(f"{len(pairs)} pairs: {restored} against {truth}; psnr_y and ssim_y without {crop} pixels at each border; {''.join(f'{text}; ' for text in metrics.notes)}torch {torch.__version__}")
+    print(table_line(None, len(row["name"]), metrics.names()) + "\n" + table_line(row, len(row["name"]), metrics.names()))
     if args.json:
         write_json(args.json, protocol, [row])
 
 
-def how_degraded(task):
-    strength = "drawn" if task.strength < 0 else f"{task.strength:g}"
-    return f"real, strength {strength}," if task.degradation == "real" else task.degradation
-
-
-def describe(networks, rows, task, what, args, dtype, device):
-    """The protocol: (dict, one line, a line for each network with its cost)."""
-    parts = []
-    for n in networks:
-        how = " ".join(r.name.removeprefix(f"{n.name}_") for r in rows if r.network is n)
-        how += f" (rk45: rtol {args.rtol:g}, atol {args.atol:g})" if "rk45" in how else ""
-        parts.append(dict(name=n.name, file=str(n.path), sha256=n.sha256, stage=n.stage, step=n.step, sigma_p=n.task.sigma_p, how=how,
-                          parameters=sum(p.numel() for p in n.net.parameters()), gmacs_256=count_macs(n.net, 256, 256) / 1e9))
-    cut = f"centre {task.image_size}" if task.crop == "center" else f"whole, to multiples of {task.scale}"
-    protocol = dict(pictures=what, cut=cut, H=how_degraded(task), scale=task.scale, sigma_n=task.sigma_n, seeds=list(range(args.seeds)), networks=parts,
-                    dtype=str(dtype).removeprefix("torch."), tile=args.tile, device=str(device), torch=torch.__version__)
-    line = (f"{what} ({cut}), H {how_degraded(task)} x{task.scale}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
-            + "".join(f"{p['name']} = {p['file']} sha256 {p['sha256']}, sigma_p {p['sigma_p']:g}, {p['how']}; " for p in parts)
-            + f"{protocol['dtype']}, tile {args.tile}, {device}, torch {torch.__version__}")
-    costs = [f"{p['name']}: {p['stage']}, step {'unknown' if p['step'] is None else p['step']}, {p['parameters']:,} parameters, "
-             f"{p['gmacs_256']:.2f} GMACs an evaluation at 256x256" for p in parts]
-    return protocol, "\n".join([line, *costs])
+def warn_of_few(metrics, count):
+    if metrics.sets and count < FEW:
+        note(f"{', '.join(metrics.sets)} of {count} pictures: with fewer than {FEW:,} it compares only with the same number of the same pictures")
 
 
 def main(argv=None):
@@ -425,55 +687,66 @@ def main(argv=None):
         return measure_pairs(args, device) if rank == 0 else None
 
     # --- what to measure, and on what: everything that can be wrong comes before any work ---
-    ckpts = args.ckpt or [p for p in SHIPPED if p.is_file()]
-    networks = [load_network(path, device, args) for path in ckpts]
+    networks = load_networks(args.ckpt or [p for p in SHIPPED if p.is_file()], device, args)
     check_networks(networks, args)
     args.dataset = args.dataset or "photos"
-    task = networks[0].task if networks else data.resolve_task(args)
+    task = networks[0].task if networks else measured_task(args)
     rows = plan_rows(networks, args)
     sources, what = find_truth(task, args.data_dir, args.pictures, networks, args.trained_too)
+    rows[1:1] = find_methods(args.methods, list(sources), not args.pictures, {row.name for row in rows})
+    shown = figures.choose(sorted(sources), args.figure_pictures)
     out_dir = Path(args.out_dir)
     for path in sources.values():
         load_truth(path, task)
         if out_dir.resolve() in path.resolve().parents:
             raise InputError(f"{path} lies in --out_dir {out_dir}, where results go: choose another")
-    lpips = load_lpips(args.lpips_backbone, device)
-    if args.plot and not lpips:
-        raise InputError("--plot draws PSNR against LPIPS, and there is no AlexNet for it")
-
-    if not networks and rank == 0:
-        print("no --ckpt, and no weights in weights/: bicubic alone is measured", file=sys.stderr)
+    metrics = pick(args, task.scale, device)
+    if args.plot and not {"psnr_rgb", "lpips"} <= metrics.pictures.keys():
+        raise InputError("--plot draws psnr_rgb against lpips, and not both are measured")
+    if args.tune_t and args.tune_t[0] not in metrics.names():
+        raise InputError(f"--tune_t needs {args.tune_t[0]}, which is left out")
+    warn_of_few(metrics, len(sources))
+    if not networks:
+        note("no --ckpt, and no weights in weights/: bicubic alone is measured")
+    if rank == 0:
+        clear(out_dir)
 
     # --- measure ---
-    metrics = pick_metrics(task.scale, lpips, device)
-    names = list(metrics)
-    width = max(len(row.name) for row in rows)
-    protocol, heading = describe(networks, rows, task, what, args, dtype, device)
-    say = functools.partial(print, flush=True) if rank == 0 else lambda text: None
+    truth = {stem: out_dir / "hr" / f"{stem}.png" for stem in sources}
+    bench = Bench(truth, task, out_dir, metrics, dtype, torch.float32 if args.dtype == "auto" else dtype, args.tile, args.tile_pad, rank, world)
+    protocol, heading = describe(networks, rows, bench, what, args, device)
+    width, names = max([len(row.name) for row in rows] + [len(n.name) + 10 for n in networks if args.tune_t]), metrics.names()
+    total = sum(len(bench.seeds(row, args.seeds)) for row in rows) * len(sorted(sources)[rank::world])
+    progress = Progress(total, "picture", rank if world > 1 else None)
+    say = (progress.bar.write if progress.bar else functools.partial(print, flush=True)) if rank == 0 else lambda text: None
     say(f"{heading}\n{table_line(None, width, names)}")
     if world > 1:
         dist.init_process_group("gloo")
-    truth = {}
+        dist.barrier()  # the folder is clear
     for stem in sorted(sources)[rank::world]:
-        truth[stem] = out_dir / "hr" / f"{stem}.png"
         write_picture(truth[stem], load_truth(sources[stem], task))
     results = []
     for row in rows:
-        seeds = range(args.seeds) if row.network or task.sigma_n or task.degradation == "real" else [0]  # without noise, bicubic has no seed
-        parts = [run_row(row, truth, task, seeds, out_dir, metrics, dtype, args.tile, args.tile_pad)]
-        if world > 1:
-            gathered = [None] * world
-            dist.all_gather_object(gathered, parts[0])
-            parts = gathered
-        how = dict(t=None, solver=None, steps=None) | (row.how or {})
-        results.append(dict(name=row.name, curve=row.curve, **how, **summarise(sum(parts, []), seeds, len(sources))))
+        results.append(measure_row(row, bench, args.seeds, progress))
         say(table_line(results[-1], width, names))
+    for n in networks if args.tune_t else ():
+        if n.stage == "distill":
+            lines, found = tune(n, bench, args, progress, lambda line: say(table_line(line, width, names)))
+            results += lines
+            say(found)
+    progress.close()
+    if rank == 0 and (peak := peak_memory(device)):
+        protocol["peak_memory_gib"] = peak
+        say(f"peak memory of {'the GPU' if device.type == 'cuda' else 'the process'} {peak:.2f} GiB")
 
     # --- keep ---
-    if rank == 0 and args.json:
-        write_json(args.json, protocol, results)
-    if rank == 0 and args.plot:
-        plot(args.plot, results)
+    if rank == 0:
+        if args.json:
+            write_json(args.json, protocol, results)
+        if args.plot:
+            figures.tradeoff(args.plot, results)
+        if args.figure:
+            figures.side_by_side(args.figure, shown, rows, bench)
     if world > 1:
         dist.destroy_process_group()
 

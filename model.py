@@ -75,8 +75,9 @@ def find_family(name):
         raise InputError(f"the checkpoint holds a network of the family {name!r}, which is none of {', '.join(FAMILIES)}: if it is yours, "
                          f"say OFTSR_FAMILIES={name}" if ":" in name else f"there is no family {name!r}: there are {', '.join(FAMILIES)}")
     module, _, function = FAMILIES.get(name, name).partition(":")
+    inside = f"{__package__}.{module}" if __package__ and FAMILIES.get(name, name) != name else module  # installed, this project is a package
     try:
-        return getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(inside), function)
     except (ImportError, AttributeError) as e:
         raise InputError(f"cannot import {module}:{function}: {e}") from e
 
@@ -340,14 +341,22 @@ class UNet(nn.Module):
         return c_out * f.float() - c_skip * r
 
 
-def count_macs(model, height, width):
-    """Multiply-accumulates of convolutions, linear layers and attention for one picture of height x width, as run; no autoencoder's."""
+def count_macs(model, height, width, standard=False):
+    """Multiply-accumulates of convolutions, linear layers and attention for one picture of height x width, as run; no autoencoder's.
+
+    standard: of the layers as they are usually written, convolutions and linear layers alone, as Table 10 counts them: what
+    UpConv saves is in it, the products of attention are not.
+    """
     from torch.utils.flop_counter import FlopCounterMode
     meta = copy.deepcopy(model, {id(p): p.to("meta") for p in [*model.parameters(), *model.buffers()]})
+    counts = []
+    for layer in meta.modules() if standard else ():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(lambda layer, _, out: counts.append(out.numel() * layer.weight[0].numel()))
     channels = getattr(model, "latent_channels", 3)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta(torch.empty(1, 2 * channels, height // model.factor, width // model.factor, device="meta"), torch.empty(1, device="meta"))
-    return counter.get_total_flops() // 2
+    return sum(counts) if standard else counter.get_total_flops() // 2
 
 
 # --- machine ---

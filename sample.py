@@ -5,6 +5,9 @@
     python sample.py -r photos/ -o larger/                      # a folder and those below it
     python sample.py --solver midpoint --steps 8 --ckpt out/photos_flow/ckpt.pt img.png
     python sample.py --solver rk45 --ckpt weights/photos_x4_flow.safetensors img.png
+    python sample.py --generate 16 --ckpt out/ffhq_uncond_flow/ckpt.pt -o drawn/    # pictures out of nothing
+    python sample.py --t_map mask.png img.png                   # each pixel its own t: black 0, white 1
+    python sample.py --export model.onnx                        # the student as a file for other programs (export.py)
     torchrun --nproc_per_node 2 -- sample.py -r photos/         # the processes share the pictures
 
 t = 0 is the most faithful picture, t = 1 the most realistic; a flow has this dial too, at the price of its steps.
@@ -12,6 +15,7 @@ From Python: `from sample import upscale; big = upscale(image, t=0.5)`.
 """
 import argparse
 import functools
+import math
 import os
 import re
 import sys
@@ -29,7 +33,7 @@ import numpy as np
 # flag are answered at once.
 from batch import STRIP, find_inputs, is_file_name, origin, plan
 from console import VERSION, InputError, Parser, Progress, in_range
-from pictures import MAX_PIXELS, Picture, from_pil, from_planes, losses, open_writer, read_picture, resized, split_alpha, write_picture
+from pictures import MAX_PIXELS, Picture, from_pil, from_planes, losses, open_writer, read_picture, resized, split_alpha, to_planes, write_picture
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
 SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45", "ancestral")  # the last is a ResShift's own
@@ -67,12 +71,13 @@ def choose(stage, task, t, solver, steps):
     return (t or [1.0], solver or "midpoint") if stage == "flow" or solver else (t or [0.5], None)
 
 
-def enlarge(net, task, picture, t, seed, size=None, tile="auto", dtype=None, progress=None, **how):
+def enlarge(net, task, picture, t, seed, size=None, tile="auto", dtype=None, progress=None, consistent=False, **how):
     """A Picture restored at t, from the top down: yields (rows (n, width, C) of its own dtype and channels, evaluations so far).
 
     size: (height, width) of the result, resampled to where it is not the network's. Colour goes through the network in
-    float, from and to whatever the picture has; alpha is enlarged beside it. how: see tiles.restore_rows. Raises
-    InputError where the network gives what is not finite.
+    float, from and to whatever the picture has; alpha is enlarged beside it. consistent: H takes the result to the picture
+    again (dial.consistent), which wants all of it in memory. how: see tiles.restore_rows. Raises InputError where the
+    network gives what is not finite.
     """
     from tiles import lr_window, pick_tile, resampled, restore_rows
     colour, alpha = split_alpha(picture.pixels)
@@ -87,7 +92,15 @@ def enlarge(net, task, picture, t, seed, size=None, tile="auto", dtype=None, pro
                 raise InputError(f"at t = {t:g} the network gave a value that is not finite")
             yield rows.numpy()
 
-    for rows in planes() if size == own else resampled(planes(), *own, *size):
+    def projected():
+        import torch
+
+        import dial
+        whole = torch.from_numpy(np.concatenate(list(planes()), axis=1))
+        yield dial.consistent(whole[None], torch.from_numpy(to_planes(colour))[None], task.degradation, task.scale)[0].numpy()
+
+    bands = projected() if consistent else planes()
+    for rows in bands if size == own else resampled(bands, *own, *size):
         rows = from_planes(rows, colour.shape[2], colour.dtype)
         if alpha is not None:
             rows = np.concatenate([rows, resized(alpha, *size, done, done + len(rows))], axis=-1)
@@ -95,18 +108,21 @@ def enlarge(net, task, picture, t, seed, size=None, tile="auto", dtype=None, pro
         yield rows, nfe
 
 
-def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile="auto", solver=None, steps=None, outscale=None, progress=None, **how):
+def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile="auto", solver=None, steps=None, outscale=None,
+            t_map=None, consistent=False, progress=None, **how):
     """A picture, larger by the scale the network was trained for (4 for the shipped one), or by outscale.
 
     image: the path of a picture file, a PIL picture of any mode, or an array (H, W), (H, W, C) of uint8 or uint16, C = 1
     (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGB and alpha). t in [0, 1] (default 0.5): 0 the most faithful, 1 the most
-    realistic; solver and steps for a stage-1 flow (whose t is 1 by default). progress(share) is called with each tile's share
+    realistic; solver and steps for a stage-1 flow (whose t is 1 by default). t_map: in place of t, a path or a gray picture laid
+    over the whole, each pixel's own t; consistent: a result that H takes to image again. progress(share) is called with each tile's share
     of the work. `how` goes to `tiles.restore_rows` (rtol, atol, tile_pad). Returns a PIL picture for a PIL picture, else an
     array like the input's, or (H, W, C) for a file. Raises InputError.
     """
     from PIL import Image
 
     from data import TASKS
+    from dial import read_map
     from model import pick_device, pick_dtype
     net, stage, task = load(ckpt, device)
     task = task or TASKS["photos"]
@@ -124,7 +140,10 @@ def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile=
         picture = Picture(array.reshape(*array.shape[:2], -1))
     height, width = picture.pixels.shape[:2]
     size = outscale and (max(1, round(height * outscale)), max(1, round(width * outscale)))
-    how.update(solver=solver, steps=steps or STEPS, dtype=pick_dtype(dtype, pick_device(device)), tile=tile, progress=progress)
+    if consistent and (task.sigma_n or outscale):
+        raise InputError("consistent is for pictures without noise, and the network's own enlargement")
+    how.update(t_map=None if t_map is None else read_map(t_map), consistent=consistent, solver=solver, steps=steps or STEPS, dtype=pick_dtype(dtype, pick_device(device)), tile=tile,
+               progress=progress)
     big = np.concatenate([rows for rows, _ in enlarge(net, task, picture, ts[0], seed, size or None, **how)])
     if isinstance(image, Image.Image):
         return Image.fromarray(big[..., 0] if big.shape[2] == 1 else big)
@@ -153,6 +172,8 @@ def parse_args(argv):
     g.add_argument("--strip", action="store_true", help="also write the input (repeated pixels) and all results side by side, ..._strip.png")
     g = p.add_argument_group("the dial", "python sample.py img.png --t 0,0.5,1")
     g.add_argument("--t", type=dial, help="0 fidelity to 1 realism, one number or a sweep as 0,0.5,1 (default: 0.5; of a stage-1 flow 1)")
+    g.add_argument("--t_map", metavar="FILE", help="in place of --t a gray picture, laid over the whole: each pixel's own t, black 0 to white 1")
+    g.add_argument("--consistent", action="store_true", help="a result that, reduced again, is the input, as far as 8 bits show")
     g.add_argument("--seed", type=in_range(int, 0, 2**63 - 1), default=0, help="of the noise in x_0, the same for every picture (default: 0)")
     g = p.add_argument_group("size", "python sample.py img.png --width 3840")
     g.add_argument("-s", "--outscale", type=in_range(float, 0.1, 64), help="enlargement, by resampling what the network gives (default: the network's)")
@@ -162,6 +183,8 @@ def parse_args(argv):
     g.add_argument("--ckpt", help="weights: a ckpt.pt, a .safetensors or a published file (default: the shipped student)")
     g.add_argument("--preset", "--model", help="network preset, for a published file, which does not say")
     g.add_argument("--dataset", help="task, for a file that does not say (default: photos)")
+    g.add_argument("--generate", type=in_range(int, 1), metavar="N", help="draw N pictures with an unconditional flow, restore none; and a grid of the first 64")
+    g.add_argument("--export", metavar="FILE", help="write the student as one ONNX file, with --t and --seed as its defaults, and restore nothing")
     g.add_argument("--solver", choices=SOLVERS, help="integrate a stage-1 flow instead (default for a stage-1 checkpoint: midpoint)")
     g.add_argument("--steps", type=in_range(int, 1), help=f"steps of the solver (default: {STEPS})")
     g.add_argument("--rtol", type=in_range(float, 1e-6), help="relative tolerance of rk45 (default: 1e-3)")
@@ -183,8 +206,18 @@ def parse_args(argv):
 
 def check_args(args):
     """Raises InputError where the arguments do not go together."""
-    if not args.inputs:
+    if not (args.inputs or args.export or args.generate):
         raise InputError("name a picture, a folder or a pattern")
+    if args.export and (args.inputs or args.t_map or args.consistent or args.t and len(args.t) > 1):
+        raise InputError("--export writes a model: it takes no pictures, no --t_map, no --consistent and one --t")
+    if args.t and args.t_map:
+        raise InputError("--t and --t_map both say where the dial stands: give one")
+    if args.consistent and (args.outscale or args.width or args.height):
+        raise InputError("--consistent is for the network's own enlargement: it goes without -s, --width and --height")
+    if args.generate and (idle := [f for f in ("inputs", "t", "t_map", "consistent", "export", "strip", "outscale", "width", "height") if getattr(args, f)]):
+        raise InputError(f"--generate draws pictures out of nothing: it goes without {'pictures' if idle[0] == 'inputs' else f'--{idle[0]}'}")
+    if args.generate and is_file_name(args.output):
+        raise InputError(f"--generate writes several files: -o names a folder, not {args.output}")
     if args.outscale and (args.width or args.height):
         raise InputError("-s and --width or --height both say how large: give one")
     if (args.rtol or args.atol) and args.solver != "rk45":
@@ -219,12 +252,17 @@ def device_name(text):
     return text
 
 
+def stand(args, t):
+    """Where the dial stands, for a note."""
+    return {**({"t_map": Path(args.t_map).name} if args.t_map else {"t": t}), **({"consistent": True} if args.consistent else {})}
+
+
 def restore_file(net, task, picture, job, t, tile, args, dtype, note, progress, **how):
     """Restore one picture at one t and write it, if it is to be written: (its pixels, if they are to go into a strip, else None; evaluations)."""
     out, strip = job.outs.get(t), STRIP in job.outs
     megapixels = job.size[0] * job.size[1] / 1e6
     rows = enlarge(net, task, picture, t, args.seed, job.size, tile, dtype, lambda share: progress.add(share * megapixels), **how)
-    note = {**note, "t": t, "tile": tile}
+    note = {**note, **stand(args, t), "tile": tile}
     if how["solver"]:  # how many evaluations a solver made is known, and goes into the file, when it has made them
         rows = list(rows)
         note.update(solver=how["solver"], nfe=rows[-1][1])
@@ -264,10 +302,10 @@ def restore_job(net, task, job, ts, args, dtype, note, progress, **how):
         bigs.append(big)
         if t in job.outs:
             what = f"{how['solver']}, {nfe} evaluations, " if how["solver"] else ""
-            progress.say(f"{job.path} {job.width}x{job.height} -> {job.outs[t]} {job.size[1]}x{job.size[0]}, t {t:g}, {what}{time.perf_counter() - start:.1f} s")
+            progress.say(f"{job.path} {job.width}x{job.height} -> {job.outs[t]} {job.size[1]}x{job.size[0]}, t {args.t_map or f'{t:g}'}, {what}{time.perf_counter() - start:.1f} s")
     if STRIP in job.outs:
         small = resized_repeating(picture.pixels, *job.size)
-        write_picture(job.outs[STRIP], np.hstack([small, *bigs]), note=None if args.no_metadata else {**note, "t": ts})
+        write_picture(job.outs[STRIP], np.hstack([small, *bigs]), note=None if args.no_metadata else {**note, **stand(args, ts)})
 
 
 def resized_repeating(pixels, height, width):
@@ -303,6 +341,7 @@ def work(job, ts):
 def prepare(args):
     """What is asked of which network: (UNet, Task, [t], what every restoring is given, what every note says). Raises InputError."""
     from data import TASKS
+    from dial import read_map
     from kernels import extension_devices
     from model import PRESETS, keep_freed_memory, pick_device, pick_dtype
     for flag, names in (("preset", PRESETS), ("dataset", TASKS)):
@@ -314,15 +353,64 @@ def prepare(args):
     if task and args.dataset:
         raise InputError(f"this checkpoint says its task ({task.name}): --dataset is for files that do not")
     task = task or TASKS[args.dataset or "photos"]
-    ts, solver = choose(stage, task, args.t, args.solver, args.steps)
+    ts, solver = choose(stage, task, [1.0] if args.t_map else args.t, args.solver, args.steps)
+    if args.consistent and task.sigma_n:
+        raise InputError("--consistent would bring the noise back, which this checkpoint takes away")
     extension_devices()  # chosen here: what is wrong with the kernels is not a picture's fault
-    how = dict(dtype=dtype, solver=solver, steps=args.steps or STEPS, rtol=args.rtol or 1e-3, atol=args.atol or 1e-3, tile_pad=args.tile_pad)
+    how = dict(dtype=dtype, solver=solver, steps=args.steps or STEPS, rtol=args.rtol or 1e-3, atol=args.atol or 1e-3, tile_pad=args.tile_pad,
+               t_map=read_map(args.t_map) if args.t_map else None, consistent=args.consistent)
     note = dict(seed=args.seed, weights=Path(args.ckpt or WEIGHTS).name, dtype=str(dtype).removeprefix("torch."))
     return net, task, ts, how, note
 
 
+def generate(args):
+    """Draw args.generate pictures from noise alone with an unconditional flow (Appendix F): 0000.png ... and grid.png in args.output. Raises InputError."""
+    import torch
+    from data import TASKS, image_seeds
+    from flow import integrate
+    from kernels import noise_augment, to_uint8
+    from model import pick_device, pick_dtype
+    net, stage, task = load(args.ckpt, args.device, args.preset)
+    task, device, out = task or TASKS[args.dataset or "photos"], pick_device(args.device), Path(args.output)
+    if task.condition or task.sigma_p != 1 or stage == "distill":
+        raise InputError("--generate takes an unconditional stage-1 flow from pure noise (train_flow.py --dataset ffhq_uncond makes one): this checkpoint restores")
+    if not args.overwrite and any((out / f"{i:04d}.png").exists() for i in range(args.generate)):
+        raise InputError(f"{out} holds drawn pictures already: --overwrite replaces them")
+    dtype, drawn, total = pick_dtype(args.dtype, device), [], 0
+    for i in range(args.generate):
+        nothing = torch.zeros(1, 3, task.image_size, task.image_size, device=device)
+        x_in = noise_augment(nothing, 1.0, image_seeds(args.seed, torch.tensor([i])).to(device))
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            x, nfe = integrate(net, x_in, args.solver or "rk45", args.steps or STEPS, args.rtol or 1e-3, args.atol or 1e-3)
+        if not x.isfinite().all():
+            raise InputError(f"the network gave a value that is not finite in picture {i}")
+        pixels, total = to_uint8(x)[0].cpu().numpy(), total + nfe
+        write_picture(out / f"{i:04d}.png", pixels)
+        drawn += [pixels][: 64 - len(drawn)]
+    side = math.ceil(len(drawn) ** 0.5)
+    rows = [np.hstack(drawn[k : k + side]) for k in range(0, len(drawn), side)]
+    rows[-1] = np.pad(rows[-1], ((0, 0), (0, rows[0].shape[1] - rows[-1].shape[1]), (0, 0)))
+    write_picture(out / "grid.png", np.vstack(rows))
+    print(f"{args.generate} pictures drawn in {out}, {total / args.generate:.4g} evaluations each; grid.png shows {len(drawn)}")
+    return 0
+
+
+def export_model(args):
+    """Write the student as a file for other programs."""
+    from export import export_onnx
+    args.device = "cpu"
+    net, task, (t,), how, _ = prepare(args)
+    if how["solver"]:
+        raise InputError("--export is for a one-step student, and this is a flow: distill.py makes one of it")
+    print(export_onnx(args.export, net, task, t, args.seed))
+
+
 def main(argv=None):
     args = parse_args(argv)
+    if args.generate:
+        return generate(args)
+    if args.export:
+        return export_model(args)
     found, skipped = find_inputs(args.inputs, args.recursive)
 
     # --- what to do; under torchrun the processes share one list, and leave together ---

@@ -1,21 +1,53 @@
-"""pip install -e .                           pure Python: needs no compiler, and no torch before it installs it;
-                                              the kernels are built at their first use (kernels/build.py)
+"""pip install .                              a package `oftsr` and a command of that name; pure Python: needs no compiler, and no torch
+                                              before it installs it; the kernels are built at their first use (kernels/build.py)
+pip install -e .                              the same, running the files of this folder
 pip install --no-build-isolation -e .         with the kernels built ahead of time, where there is a compiler
 python setup.py build_ext --inplace           the kernels alone, beside their sources
 """
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+def module_from(file):
+    """A file as a module, without the folder's being on the path, where setuptools does not put it."""
+    spec = importlib.util.spec_from_file_location("setup_" + file.stem.strip("_"), file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+oftsr = module_from(ROOT / "oftsr" / "__init__.py")
+
+
+class BuildPackage(build_py):
+    """The flat files, rewritten to import each other from the package, and what they read: weights, lists, photographs."""
+
+    def run(self):
+        if self.editable_mode:  # oftsr/__init__.py finds them where they are
+            return super().run()
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # files of an older build would be packed too
+        super().run()
+        modules, package = oftsr.flat_modules(ROOT), Path(self.build_lib) / "oftsr"
+        for name, file in modules.items():
+            if file.parent == ROOT:
+                (package / file.name).write_text(oftsr.rewrite(file.read_text(encoding="utf-8"), modules), encoding="utf-8")
+        for name in ("demo.html", "demo.js"):
+            shutil.copy(ROOT / name, package / name)
+        for folder in ("weights", "assets"):
+            shutil.copytree(ROOT / folder, package / folder, ignore=shutil.ignore_patterns("figures"), dirs_exist_ok=True)
 
 
 def kernels():
     """The extension and the command that builds it; nothing where PyTorch or a compiler is missing, unless it was asked for."""
-    spec = importlib.util.spec_from_file_location("build_kernels", Path(__file__).parent / "kernels" / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    build = module_from(ROOT / "kernels" / "build.py")
     try:
         import torch
         build.compiler()
@@ -28,21 +60,24 @@ def kernels():
             sys.exit(f"the kernels cannot be built: {e}")
         return {}
     extension = (CUDAExtension if cuda else CppExtension)(
-        f"kernels.{build.library_name(cuda)}", [f"kernels/csrc/{Path(s).name}" for s in build.sources(cuda)],
+        f"oftsr.kernels.{build.library_name(cuda)}", [f"kernels/csrc/{Path(s).name}" for s in build.sources(cuda)],
         extra_compile_args={"cxx": build.cxx_flags(cuda), "nvcc": build.NVCC_FLAGS})
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension, "build_py": BuildPackage}}
 
 
-setup(
-    name="oftsr",
-    version="0.1.0",
-    description="One-step flow for image super-resolution with tunable fidelity-realism trade-offs",
-    license="MIT",
-    python_requires=">=3.10",
-    py_modules=["console", "model", "pictures", "degradations", "folders", "data", "flow", "tiles", "batch", "sample", "metrics", "evaluate", "training", "perceptual", "train_flow", "distill", "resshift", "teachers", "ablate", "claims"],
-    packages=["kernels"],
-    package_data={"kernels": ["csrc/*"]},
-    install_requires=["torch>=2.10", "numpy", "pillow>=10.1", "tifffile", "imagecodecs", "safetensors", "tqdm", "ninja", "lpips", "scipy"],
-    extras_require={"test": ["pytest", "matplotlib"], "heif": ["pillow-heif"], "jxl": ["pillow-jxl-plugin"], "plot": ["matplotlib"]},
+setup(**{
+    "name": "oftsr",
+    "version": module_from(ROOT / "console.py").VERSION,
+    "description": "One-step flow for image super-resolution with tunable fidelity-realism trade-offs",
+    "license": "MIT",
+    "python_requires": ">=3.10",
+    "packages": ["oftsr", "oftsr.kernels"],
+    "package_dir": {"oftsr.kernels": "kernels"},
+    "package_data": {"oftsr.kernels": ["csrc/*"]},
+    "entry_points": {"console_scripts": ["oftsr = oftsr.sample:program"]},
+    "cmdclass": {"build_py": BuildPackage},
+    "install_requires": ["torch>=2.10", "numpy", "pillow>=10.1", "tifffile", "imagecodecs", "safetensors", "tqdm", "ninja", "lpips", "scipy"],
+    "extras_require": {"test": ["pytest", "matplotlib", "onnx", "onnxscript", "onnxruntime", "gradio>=6", "playwright"],
+                       "demo": ["gradio>=6"], "sd3": ["diffusers>=0.31", "peft"], "export": ["onnx", "onnxscript"], "heif": ["pillow-heif"], "jxl": ["pillow-jxl-plugin"], "plot": ["matplotlib"]},
     **kernels(),
-)
+})

@@ -16,11 +16,12 @@ from PIL import Image
 
 from console import InputError
 from degradations import H_T
+from dial import along_map, map_window
 from flow import integrate, one_step
 from pictures import to_planes
 
 WHOLE = 1280 * 1280  # output pixels up to which a picture is restored in one piece (tile "auto")
-TILE = 768  # side of the tiles above that
+TILE = 1024  # side of the tiles above that: larger ones differ less from one piece, and take more memory
 LEAST_TILE = 128  # what is not halved any more when memory is short
 
 
@@ -115,31 +116,44 @@ def lr_window(colour, task):
 
 @torch.no_grad()
 def restore_tile(model, x_lr, sigma_p, seed, corner, t=1.0, solver=None, steps=8, rtol=1e-3, atol=1e-3, dtype=torch.float32):
-    """One tile, x_lr (1, 3, H, W) whose first pixel is the whole picture's `corner`: (x_1 (3, H, W) float32 on x_lr's device, evaluations)."""
-    device, m = next(model.parameters()).device, model.multiple
+    """One tile, x_lr (1, 3, H, W) whose first pixel is the whole picture's `corner`: (x_1 (3, H, W) float32 on x_lr's device, evaluations).
+
+    t: a number, or a tensor (H, W) of each pixel's own.
+    """
+    device, m, nfe = next(model.parameters()).device, model.multiple, 0
     size = [-(-max(side, 64) // m) * m for side in x_lr.shape[2:]]  # group norm wants something to average over
     seeds = torch.tensor([seed], device=device)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     with autocast:  # a network that works in latents encodes and decodes each tile
         x_in = model.start(model.to_latents(reflect_to(x_lr, *size).to(device)), sigma_p, seeds, corner)
+
+    def walk(t):
         if solver is None:
-            x_1, nfe = one_step(model, x_in, t), 1
-        elif solver == "ancestral":
-            if not hasattr(model, "ancestral") or t < 1:
-                raise InputError("the sampler ancestral is a ResShift's, and goes to t = 1")
-            x_1, nfe = model.ancestral(x_in, lambda i: model.noise(seeds, x_in[:, : x_in.shape[1] // 2].shape, corner, stream=1 + i), steps)
-        else:
-            x_1, nfe = integrate(model, x_in, solver, steps, rtol, atol, t)
-        x_1 = model.to_pixels(x_1)
-    return x_1[0, :, : x_lr.shape[2], : x_lr.shape[3]].float().to(x_lr.device), nfe
+            return one_step(model, x_in, t), 1
+        if solver != "ancestral":
+            return integrate(model, x_in.clone(), solver, steps, rtol, atol, t)
+        if not hasattr(model, "ancestral") or t < 1:
+            raise InputError("the sampler ancestral is a ResShift's, and goes to t = 1")
+        return model.ancestral(x_in, lambda i: model.noise(seeds, x_in.chunk(2, dim=1)[0].shape, corner, stream=1 + i), steps)
+
+    def at(t):
+        nonlocal nfe
+        with autocast:
+            x_1, n = walk(t)
+            x_1 = model.to_pixels(x_1)
+        nfe += n
+        return x_1[0, :, : x_lr.shape[2], : x_lr.shape[3]].float().to(x_lr.device)
+
+    return (along_map(at, t) if torch.is_tensor(t) else at(t)), nfe
 
 
-def restore_rows(model, window, height, width, sigma_p, seed, t=1.0, tile=0, tile_pad=32, progress=None, **how):
+def restore_rows(model, window, height, width, sigma_p, seed, t=1.0, tile=0, tile_pad=32, progress=None, t_map=None, **how):
     """One picture through the network, from the top down: yields (rows (3, n, width) float32, evaluations so far), all rows in order.
 
     window(top, bottom, left, right) is that part of x_lr, (1, 3, bottom - top, right - left); seed: of the noise, drawn for
     the whole picture. tile: 0 (in one piece), a side in pixels (tiles that overlap by 2 tile_pad and blend) or "official"
-    (see official_tiles). progress(share): called after each tile with its share of the work; how: see restore_tile.
+    (see official_tiles). progress(share): called after each tile with its share of the work; t_map, in place of t: see
+    dial.map_window; how: see restore_tile.
     Memory is a tile's, and that of one row of tiles.
     """
     check_tile(tile, tile_pad)
@@ -158,7 +172,8 @@ def restore_rows(model, window, height, width, sigma_p, seed, t=1.0, tile=0, til
             band = torch.cat([band, torch.zeros(3, bottom - top - band.shape[1], width)], dim=1)
         i, j = rows[y : y + len(wy)], columns[x : x + len(wx)]
         x_lr = window(*(int(n) for n in (i.min(), i.max() + 1, j.min(), j.max() + 1)))
-        x_1, n = restore_tile(model, x_lr[:, :, i - i.min()][..., j - j.min()], sigma_p, seed, (y, x), t, **how)
+        here = t if t_map is None else map_window(t_map, height, width, i, j)
+        x_1, n = restore_tile(model, x_lr[:, :, i - i.min()][..., j - j.min()], sigma_p, seed, (y, x), here, **how)
         nfe = max(nfe, n)
         x_1 = x_1.cpu() * (wy[:, None] * wx)
         band[:, y - top : bottom - top, x:right] += x_1[:, : bottom - y, : right - x]
@@ -225,8 +240,15 @@ def smaller_tile(tile, height, width, tile_pad):
 
 
 def bytes_per_pixel(model, dtype):
+<<<<<<< HEAD
     """About what the network holds at once for an output pixel: 15 maps of its first level and a half (measured, LOG.md)."""
     return 15 * model.width * (4 if dtype == torch.float32 else 3)
+=======
+    """About what the network holds at once for an output pixel: 15 maps of each of its levels (as measured of the shipped one, LOG.md)."""
+    c = model.config
+    values = sum(c["channels"] * mult / (c["patch"] * 2**level) ** 2 for level, mult in enumerate(c["mults"]))
+    return 15 * values * (4 if dtype == torch.float32 else 2)
+>>>>>>> main
 
 
 def free_memory(device):

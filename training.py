@@ -179,7 +179,7 @@ def find_pictures(run, checkpoint, origins=()):
     """The files for training and for validation: two lists of paths. Each picture keeps the part that it had when the run began.
 
     origins: the metadata of what the run learns or starts from; what those were trained on is remembered with it, and what
-    they held out stays out. A dry run goes on without pictures, and says why.
+    they held out stays out. A dry run that names no folder goes on without pictures, and says why.
     """
     before = [meta["data"] for meta in origins if meta and meta.get("data")]
     memory = (checkpoint or {}).get("data") or {}
@@ -187,7 +187,7 @@ def find_pictures(run, checkpoint, origins=()):
         split = data.find_split(run.task, run.args.data_dir, memory or (before[0] if before else None), quiet=not memory)
         pictures = data.check_split(split, run.task)
     except InputError as e:
-        if not run.args.dry_run:
+        if not run.args.dry_run or run.args.data_dir:
             raise
         run.say(str(e))
         return [], []

@@ -14,6 +14,8 @@ from PIL import Image
 
 import data
 import evaluate
+import figures
+import folders
 import metrics
 from console import InputError
 from degradations import degrade, to_float
@@ -35,9 +37,9 @@ def write(folder, **pictures):
 
 
 def run(monkeypatch, *argv):
-    """evaluate.main without LPIPS, whatever this machine has."""
-    monkeypatch.setattr(evaluate, "load_lpips", lambda *a: None)
-    evaluate.main([str(a) for a in argv])
+    """evaluate.main without LPIPS, whatever this machine has; in a folder of results of its own."""
+    argv = [str(a) for a in argv]
+    evaluate.main([*([] if "--metrics" in argv else ["--metrics", "psnr_rgb,psnr_y,ssim_y"]), *argv])
 
 
 def test_pairs_are_by_stem_and_the_mean_is_over_them(tmp_path, monkeypatch, capsys):
@@ -123,7 +125,7 @@ def test_every_row_is_there_with_the_evaluations_counted(table):
 
 def test_unless_told_a_student_is_swept_over_t_and_a_flow_over_its_steps(files):
     args = evaluate.parse_args(["--solver", "midpoint,rk45"])
-    rows = evaluate.plan_rows([evaluate.load_network(files / f"{name}.safetensors", torch.device("cpu"), args) for name in ("student", "flow")], args)
+    rows = evaluate.plan_rows(evaluate.load_networks([files / f"{name}.safetensors" for name in ("student", "flow")], torch.device("cpu"), args), args)
     assert [row.name for row in rows] == ["bicubic", *(f"student_t{t}" for t in (0, 0.25, 0.5, 0.75, 1)),
                                           "flow_euler1", *(f"flow_midpoint{k}" for k in (1, 2, 4, 8)), "flow_rk45"]
 
@@ -199,7 +201,7 @@ def test_plot_labels_t_and_evaluations(tmp_path):
     rows = [{**point, "name": "bicubic", "curve": None}, *({**point, "name": "s", "curve": "student", "t": t, "lpips": 0.4 - t / 10} for t in (0, 0.5)),
             {**point, "name": "f", "curve": "flow", "nfe": 16}]
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        evaluate.plot(tmp_path / "plot.svg", rows)
+        figures.tradeoff(tmp_path / "plot.svg", rows)
     text = (tmp_path / "plot.svg").read_text()
     for label in ("t 0<", "t 0.5<", "16 NFE<", "bicubic<", "student<", "flow<"):
         assert label in text
@@ -223,6 +225,184 @@ def test_a_file_that_does_not_say_its_stage_takes_it_from_the_flag(tmp_path):
     assert evaluate.load_network(tmp_path / "net.safetensors", torch.device("cpu"), evaluate.parse_args(["--stage", "distill"])).stage == "distill"
 
 
+# --- what a user gets ---
+
+
+def shipped_to(tmp_path, *names, **more):
+    """Runs with a weights.safetensors each, as training leaves them."""
+    for name in names:
+        save_network(tmp_path / name / "weights.safetensors", "distill")
+    return [tmp_path / name / "weights.safetensors" for name in names]
+
+
+def rows_of(path):
+    return {row["name"]: row for row in json.loads(path.read_text())["rows"]}
+
+
+def test_two_runs_weights_are_told_apart_by_their_folders(tmp_path, files):
+    args = evaluate.parse_args([])
+    names = lambda paths: [n.name for n in evaluate.load_networks(paths, torch.device("cpu"), args)]
+    assert names(shipped_to(tmp_path, "out/a", "out/b")) == ["a_weights", "b_weights"]
+    assert names(shipped_to(tmp_path, "x/run", "y/run")) == ["x_run_weights", "y_run_weights"]
+    assert names([files / "student.safetensors"]) == ["student"]
+
+
+def test_the_low_resolution_picture_has_8_bits_unless_told(files, tmp_path, monkeypatch, capsys):
+    x = to_float(batch(smooth(1, 40, 48)))
+    write(tmp_path / "photos", a_png=smooth(1, 40, 48))
+    low = torch.nn.functional.interpolate(x, (10, 12), mode="bicubic", antialias=True)
+    rounded = (low.clamp(-1, 1) * 127.5 + 127.5).round() / 127.5 - 1
+    shown = {}
+    for flags, y, words in (((), rounded, "x4 in 8 bits"), (("--float_lr",), low, "x4 in float")):
+        run(monkeypatch, "--ckpt", files / "student.safetensors", "--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out", "--t", "0", "--seeds", "1", *flags)
+        assert words in capsys.readouterr().out
+        shown[flags] = read_image(tmp_path / "out/bicubic/seed0/a.png")
+        up = torch.nn.functional.interpolate(y, (40, 48), mode="bicubic", antialias=True)
+        expected = (up[0].clamp(-1, 1) * 127.5 + 127.5).round().permute(1, 2, 0).numpy()
+        assert (np.abs(shown[flags] - expected) > 0).mean() < 0.002 and np.abs(shown[flags] - expected).max() <= 1  # halfway may round either way
+    assert not np.array_equal(*shown.values())
+
+
+def test_out_dir_is_of_one_run(files, tmp_path, monkeypatch):
+    write(tmp_path / "photos", a_png=smooth(1, 40, 48), b_png=smooth(2, 40, 48))
+    common = ("--ckpt", files / "student.safetensors", "--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out", "--seeds", "1")
+    run(monkeypatch, *common, "--t", "0,1")
+    run(monkeypatch, *common, "--t", "1", "--pictures", "1")
+    left = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.png"))
+    assert left == ["bicubic/seed0/a.png", "hr/a.png", "student_t1/seed0/a.png"]
+    run(monkeypatch, "--pairs", tmp_path / "out/student_t1/seed0", tmp_path / "out/hr")  # as many as were measured
+    (tmp_path / "out/mine.txt").touch()
+    with pytest.raises(InputError, match="holds mine.txt, which evaluate.py did not write"):
+        run(monkeypatch, *common)
+    (tmp_path / "album/hr").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds hr, which"):  # not marked as ours, whatever it is called
+        run(monkeypatch, *common[:-4], "--out_dir", tmp_path / "album")
+
+
+def test_two_at_once_do_not_share_a_folder(files, tmp_path, monkeypatch):
+    from filelock import FileLock
+    write(tmp_path / "photos", a_png=smooth(1, 40, 48))
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out/.lock"), pytest.raises(InputError, match="another evaluate.py writes into"):
+        run(monkeypatch, "--ckpt", files / "student.safetensors", "--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out")
+
+
+def test_rk45_counts_in_float32_unless_told(files, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "photos", a_png=smooth(1, 40, 48))
+    seen = []
+    monkeypatch.setattr(evaluate, "restore", lambda *a, dtype, **how: seen.append((how["solver"], dtype)) or (a[1], 1))
+    monkeypatch.setattr(evaluate, "pick_dtype", lambda name, device: torch.bfloat16)
+    common = ("--ckpt", files / "flow.safetensors", "--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out", "--solver", "rk45,euler", "--seeds", "1")
+    run(monkeypatch, *common)
+    assert seen[0] == ("rk45", torch.float32) and {d for s, d in seen[1:]} == {torch.bfloat16} and "rk45: rtol 0.001, atol 0.001, float32" in capsys.readouterr().out
+    run(monkeypatch, *common, "--dtype", "bfloat16")
+    assert {d for _, d in seen[5:]} == {torch.bfloat16}
+
+
+def trained(path, split, before=()):
+    """A student that remembers the lists of a folders.Split."""
+    net = UNet(**network_config("tiny", sigma_p=0.1, sigma_d=0.1), one_step=True)
+    save_release(path, net, dict(stage="distill", task=asdict(TASK), step=1, data={**folders.remember(split), "before": list(before)}))
+    return path
+
+
+def test_what_was_trained_on_is_not_measured_as_if_it_were_new(tmp_path, monkeypatch, capsys):
+    """README's pair of commands: train on DIR, evaluate on DIR."""
+    write(tmp_path / "photos", **{f"p{i:02}_png": smooth(i, 40, 40) for i in range(12)})
+    split = data.find_split(TASK, tmp_path / "photos")
+    student = trained(tmp_path / "s.safetensors", split)
+    common = ("--ckpt", student, "--out_dir", tmp_path / "out", "--t", "0", "--seeds", "1")
+    run(monkeypatch, *common, "--data_dir", tmp_path / "photos")
+    assert sorted(p.name for p in (tmp_path / "out/hr").iterdir()) == split.val
+    assert f"less {len(split.train)} trained on" in capsys.readouterr().out
+    write(tmp_path / "copies", x_png=smooth(int(split.train[0][1:3]), 40, 40))  # one of them under another name
+    with pytest.raises(InputError, match="all 1 pictures of .*copies were trained on by s: "):
+        run(monkeypatch, *common, "--data_dir", tmp_path / "copies")
+    run(monkeypatch, *common, "--data_dir", tmp_path / "copies", "--trained_too")
+    out = capsys.readouterr().out
+    assert "1 of them trained on" in out and f"trained on {len(split.train)} pictures, list {folders.list_hash(split)}" in out
+    write(tmp_path / "namesakes", **{split.train[0].replace(".png", "_png"): smooth(99, 40, 40)})
+    run(monkeypatch, *common, "--data_dir", tmp_path / "namesakes")
+    assert "have the names of pictures that were trained on" in capsys.readouterr().err
+    pupil = trained(tmp_path / "pupil.safetensors", folders.Split(tmp_path, [], [], {}, ""), [folders.remember(split)])  # what its teacher saw counts
+    with pytest.raises(InputError, match="trained on by pupil"):
+        run(monkeypatch, "--ckpt", pupil, *common[2:], "--data_dir", tmp_path / "copies")
+
+
+def test_truth_is_not_enlarged(tmp_path, monkeypatch):
+    write(tmp_path / "photos", a_png=smooth(0, 300, 300), b_png=smooth(1, 200, 240))
+    with pytest.raises(InputError, match=r"b.png is 240 x 200, smaller than the 256 pixels of ffhq: truth is not enlarged"):
+        run(monkeypatch, "--dataset", "ffhq", "--val_list", "none", "--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out")
+
+
+def test_other_methods_are_rows_by_their_folders(files, tmp_path, monkeypatch, capsys):
+    truth = {f"p{i}": smooth(i, 40, 48) for i in range(3)}
+    write(tmp_path / "photos", **{f"{name}_png": x for name, x in truth.items()})
+    write(tmp_path / "theirs", **{f"{name}_bmp": np.uint8(np.clip(x.astype(int) + 8, 0, 255)) for name, x in truth.items()})
+    common = ("--ckpt", files / "student.safetensors", "--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out", "--t", "0", "--seeds", "1")
+    run(monkeypatch, *common, "--methods", f"DDRM:20={tmp_path / 'theirs'}", "--json", tmp_path / "s.json", "--figure", tmp_path / "f.png", "--figure_pictures", "p1")
+    row = rows_of(tmp_path / "s.json")["DDRM"]
+    expected = [10 * np.log10(255**2 / np.mean((np.clip(x.astype(int) + 8, 0, 255) - x.astype(float)) ** 2)) for x in truth.values()]
+    assert row["psnr_rgb"] == pytest.approx(np.mean(expected)) and (row["nfe"], row["seconds"], row["seeds"]) == (20, None, [0])
+    assert Image.open(tmp_path / "f.png").size == (4 * 256, 552)  # bicubic, DDRM, the student, the truth
+    assert (tmp_path / "theirs/p0.bmp").is_file() and not (tmp_path / "out/DDRM").exists()
+    (tmp_path / "theirs/p1.bmp").rename(tmp_path / "theirs/q.bmp")
+    for flags, words in (((), "DDRM has no p1"), (("--pictures", "1"), None)):
+        try:
+            run(monkeypatch, *common, "--methods", f"DDRM={tmp_path / 'theirs'}", *flags)
+            assert words is None
+        except InputError as e:
+            assert words in str(e)
+    (tmp_path / "theirs/q.bmp").rename(tmp_path / "theirs/p1.bmp")
+    write(tmp_path / "theirs", extra_png=smooth(9, 40, 48))
+    with pytest.raises(InputError, match="extra.png of DDRM has no true picture"):
+        run(monkeypatch, *common, "--methods", f"DDRM={tmp_path / 'theirs'}")
+    with pytest.raises(InputError, match="two rows would be called bicubic"):
+        run(monkeypatch, *common, "--methods", f"bicubic={tmp_path / 'theirs'}")
+
+
+def test_choosing_t():
+    asked = []
+    falling = lambda t: asked.append(t) or 31 - 3 * t**2
+    assert abs(evaluate.choose_t(falling, 29.0) - (2 / 3) ** 0.5) <= 1 / 64 and len(asked) == 8
+    assert evaluate.choose_t(falling, 20.0) == 1 and evaluate.choose_t(falling, 40.0) == 0  # beyond both ends: the nearer one
+    assert abs(evaluate.choose_t(lambda t: (t - 0.7) ** 2) - 0.7) <= 1 / 32 and evaluate.choose_t(lambda t: t, lower=False) == 1
+    assert abs(evaluate.choose_t(lambda t: 1 + t, 1.3) - 0.3) <= 1 / 64  # rising
+
+
+def test_tune_t_finds_the_goal_on_the_pictures(files, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "photos", a_png=smooth(1, 40, 48))
+    common = ("--ckpt", files / "student.safetensors", "--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out", "--seeds", "1", "--json", tmp_path / "s.json")
+    run(monkeypatch, *common, "--t", "0,1")
+    ends = [rows_of(tmp_path / "s.json")[f"student_t{t}"]["psnr_rgb"] for t in (0, 1)]
+    goal = sum(ends) / 2
+    capsys.readouterr()
+    run(monkeypatch, *common, "--tune_t", f"psnr_rgb={goal:.4f}")
+    out = capsys.readouterr().out
+    t = float(out.split("student: --t ")[1].split()[0])
+    rows = rows_of(tmp_path / "s.json")
+    assert abs(rows[f"student_t{t:g}"]["psnr_rgb"] - goal) == min(abs(r["psnr_rgb"] - goal) for n, r in rows.items() if n != "bicubic") and 0 < t < 1
+    for flags, words in ((("--tune_t", "lpips"), "is not among --metrics"), (("--tune_t", "psnr_rgb=25", "--t", "1"), "one or the other")):
+        with pytest.raises(InputError, match=words):
+            run(monkeypatch, *common, *flags)
+
+
+def test_t_beyond_0_and_1_is_asked_of_students_alone_and_said(files, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "photos", a_png=smooth(1, 40, 48))
+    common = ("--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out", "--seeds", "1", "--t=-0.5,2", "--json", tmp_path / "s.json")
+    run(monkeypatch, "--ckpt", files / "student.safetensors", *common)
+    assert "t = -0.5, 2: no network was trained there" in capsys.readouterr().err and "student_t-0.5" in rows_of(tmp_path / "s.json")
+    with pytest.raises(InputError, match="only a student"):
+        run(monkeypatch, "--ckpt", files / "flow.safetensors", *common)
+
+
+def test_another_factor_than_the_network_s(files, tmp_path, monkeypatch, capsys):
+    """Fig. 17: trained on 4, asked for 3, at a size that 3 does not divide."""
+    write(tmp_path / "photos", a_png=smooth(1, 40, 50))
+    run(monkeypatch, "--ckpt", files / "student.safetensors", "--data_dir", tmp_path / "photos", "--out_dir", tmp_path / "out", "--seeds", "1", "--t", "0", "--scale", "3")
+    assert read_image(tmp_path / "out/student_t0/seed0/a.png").shape == (39, 48, 3) and "H bicubic x3" in capsys.readouterr().out
+
+
 # --- what is wrong is said in one line, before any work ---
 
 
@@ -231,7 +411,7 @@ def test_a_file_that_does_not_say_its_stage_takes_it_from_the_flag(tmp_path):
     (("--ckpt", "flow.safetensors", "--solver", "rk45", "--steps", "4"), "without --steps"),
     (("--ckpt", "flow.safetensors", "--stage", "distill"), "its stage is flow"),
     (("--ckpt", "nothing.pt"), "at nothing.pt"),
-    (("--ckpt", "student.safetensors", "student.safetensors"), "both be called student"),
+    (("--ckpt", "student.safetensors", "student.safetensors"), "is named twice"),
     (("--ckpt", "student.safetensors", "x8.safetensors"), "scale 4 and 8"),
     (("--ckpt", "unknown.safetensors"), "--dataset"),
     (("--ckpt", "student.safetensors", "--data_dir", "nowhere"), "no folder nowhere"),
@@ -260,7 +440,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(files, tmp_path, monkeypatch, 
     assert "\n" not in str(e.value) and sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("flags, words", ((("--solver", "midpoint,rk4"), "no solver 'rk4'"), (("--steps", "1,0"), "out of range"), (("--t", "1.5"), "t goes from 0"),
+@pytest.mark.parametrize("flags, words", ((("--solver", "midpoint,rk4"), "no solver 'rk4'"), (("--steps", "1,0"), "out of range"), (("--t", "half"), "is not a number"),
                                           (("--seeds", "0"), "out of range"), (("--see", "2"), "unrecognized")))
 def test_a_bad_flag_is_refused_by_name(flags, words, capsys):
     with pytest.raises(SystemExit) as e:

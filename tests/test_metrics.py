@@ -1,4 +1,5 @@
 """The metrics against closed forms, other implementations and published numbers."""
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -8,10 +9,11 @@ import pytest
 import scipy.ndimage
 import torch
 
+import data
 import metrics
 from console import InputError
-from degradations import to_float
-from pictures import read_image
+from degradations import observe, to_float
+from pictures import read_image, write_picture
 
 GOLDEN = Path(__file__).parent / "golden" / "lpips"  # the LPIPS project's example
 ALEX = os.environ.get("OFTSR_LPIPS_ALEX", "")
@@ -134,3 +136,189 @@ def test_lpips_takes_the_smallest_picture_that_is_let_through():
     assert 0 < metrics.load_lpips()(a, b).item() < 2
     with pytest.raises(InputError, match="at least 32"):
         metrics.check_size("a.png", 31, 40, 4)
+
+
+# --- against the packages that others measure with ---
+
+
+def write_pngs(folder, *arrays):
+    for i, x in enumerate(arrays):
+        write_picture(folder / f"{i}.png", x)
+    return [folder / f"{i}.png" for i in range(len(arrays))]
+
+
+def noisy(x, seed, sigma=12):
+    return np.uint8(np.clip(x + np.random.default_rng(seed).normal(0, sigma, x.shape), 0, 255).round())
+
+
+def test_psnr_and_ssim_agree_with_scikit_image():
+    skimage = pytest.importorskip("skimage.metrics")
+    for seed in range(3):
+        x = smooth(seed, 64, 72)
+        y = noisy(x, seed)
+        assert metrics.psnr_rgb(batch(x), batch(y)).item() == pytest.approx(skimage.peak_signal_noise_ratio(x, y, data_range=255), abs=1e-9)
+        a, b = (metrics.luma(batch(z), 4)[0, 0].numpy() for z in (x, y))
+        assert metrics.psnr_y(batch(x), batch(y), 4).item() == pytest.approx(skimage.peak_signal_noise_ratio(a, b, data_range=255), abs=1e-9)
+        theirs = skimage.structural_similarity(a, b, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True)[1]
+        assert metrics.ssim_y(batch(x), batch(y), 4).item() == pytest.approx(theirs[5:-5, 5:-5].mean(), abs=1e-7)  # where the window fits
+
+
+@needs_alex
+def test_lpips_agrees_with_its_package():
+    import lpips
+    theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    state = torch.load(ALEX, weights_only=True)
+    slices = (theirs.net.slice1, theirs.net.slice2, theirs.net.slice3, theirs.net.slice4, theirs.net.slice5)
+    for name, p in (item for part in slices for item in part.named_parameters()):
+        p.data.copy_(state[f"features.{name}"])
+    x = smooth(1, 64, 64)
+    a, b = to_float(batch(x)), to_float(batch(noisy(x, 2)))
+    with torch.no_grad():
+        assert metrics.load_lpips()(a, b).item() == pytest.approx(theirs(a, b).item(), abs=1e-6)
+
+
+# --- Fréchet distances ---
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    """Diagonal covariances: |mu|^2 + sum (s_a - s_b)^2; and any features shifted by d are |d|^2 away."""
+    rng = np.random.default_rng(0)
+    signs = np.array([[i >> k & 1 for k in range(4)] for i in range(16)]) * 2.0 - 1  # covariance 16/15 I, exactly
+    s_a, s_b, shift = np.array([1, 2, 3, 0.5]), np.array([2, 2, 1, 0]), np.array([0.3, -1, 0, 2])
+    expected = shift @ shift + 16 / 15 * ((s_a - s_b) ** 2).sum()
+    assert metrics.frechet_distance(signs * s_a + shift, signs * s_b) == pytest.approx(expected, rel=1e-12)
+    x = rng.standard_normal((7, 50))  # fewer pictures than features
+    assert metrics.frechet_distance(x + 3, x) == pytest.approx(9 * 50, rel=1e-9)
+    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("n, m", ((40, 30), (5, 60), (6, 4)))
+def test_frechet_distance_is_clean_fid_s(n, m):
+    fid = pytest.importorskip("cleanfid.fid")
+    rng = np.random.default_rng(n)
+    a, b = rng.standard_normal((n, 12)) @ rng.standard_normal((12, 12)), rng.standard_normal((m, 12)) + 1
+    if min(n, m) > 12:
+        theirs = fid.frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+    else:  # of few pictures the product of covariances is singular, which scipy's root of a matrix stumbles over: by its eigenvalues
+        product = np.linalg.eigvals(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real.clip(0)
+        theirs = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a, rowvar=False)) + np.trace(np.cov(b, rowvar=False)) - 2 * np.sqrt(product).sum()
+    assert metrics.frechet_distance(a, b) == pytest.approx(theirs, rel=1e-6)
+
+
+class Layers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mix", torch.randn(2048, 48, generator=torch.Generator().manual_seed(0)) / 7)
+
+    def forward(self, x):
+        return torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.mix.mT
+
+
+class StandIn(torch.nn.Module):
+    """What clean-fid asks of its Inception: .layers of pictures of 299 in [-1, 1], and a call that resizes for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x, return_features: bool = False):
+        x = torch.nn.functional.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+        return self.layers((x - 128) / 128)
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "inception-2015-12-05.pt"
+    torch.jit.script(StandIn()).save(str(path))
+    return path
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cleanfid") is None, reason="needs clean-fid")
+@pytest.mark.parametrize("name, mode", (("fid", "clean"), ("fid_tf", "legacy_tensorflow")))
+def test_fid_is_clean_fid_s_on_the_same_folders(name, mode, inception, tmp_path):
+    from cleanfid import fid
+    from cleanfid.inception_torchscript import InceptionV3W
+    truth = [smooth(i, 48, 40) for i in range(6)]
+    restored = [noisy(x, i, 30) for i, x in enumerate(truth)]
+    a, b = write_pngs(tmp_path / "a", *restored), write_pngs(tmp_path / "b", *truth)
+    m = metrics.pick_metrics([name], 4, "cpu", inception=inception)
+    assert m.names() == [name] and any(mode in text for text in m.notes) and any("clean-fid " in text for text in m.notes)
+    ours = metrics.measure_sets(a, b, m, {})[name]
+    net = InceptionV3W(str(inception.parent), download=False, resize_inside=mode != "clean")
+    stats = [fid.get_folder_features(str(tmp_path / d), net, num_workers=0, device=torch.device("cpu"), mode=mode, verbose=False) for d in "ab"]
+    assert ours == pytest.approx(metrics.frechet_distance(*(s.astype(np.float64) for s in stats)), rel=1e-5) and ours > 0
+    assert metrics.measure_sets(b, b, m, {})[name] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cleanfid") is None, reason="needs clean-fid")
+def test_inception_is_sought_and_never_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OFTSR_INCEPTION", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert metrics.pick_metrics(["fid"], 4, "cpu").names() == []
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "inception-2015-12-05.pt" in said and str(tmp_path / "checkpoints") in said and "OFTSR_INCEPTION" in said
+    wrong = tmp_path / "net.pt"
+    wrong.touch()
+    with pytest.raises(InputError, match="should be called inception-2015-12-05.pt"):
+        metrics.load_inception(wrong, "clean", "cpu")
+    (tmp_path / "inception-2015-12-05.pt").write_bytes(b"not a network")
+    with pytest.raises(InputError, match="is not the TorchScript Inception"):
+        metrics.load_inception(tmp_path / "inception-2015-12-05.pt", "clean", "cpu")
+
+
+def test_vgg16_features_are_torchvision_s(tmp_path, monkeypatch, capsys):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    net = torchvision.models.vgg16(weights=None).features.eval()
+    torch.save({f"features.{k}": v for k, v in net.state_dict().items()}, tmp_path / "vgg16-x.pth")
+    (file,) = write_pngs(tmp_path / "a", smooth(1, 40, 48))
+    m = metrics.pick_metrics(["fd_vgg16"], 4, "cpu", vgg_backbone=tmp_path / "vgg16-x.pth")
+    x = (batch(read_image(file)) / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = net[:30](x).mean(dim=(2, 3))[0]
+    assert m.sets["fd_vgg16"]([file]).shape == (1, 512) and np.allclose(m.sets["fd_vgg16"]([file])[0], expected, atol=1e-6)
+    monkeypatch.delenv("OFTSR_VGG16", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "empty"))
+    assert metrics.pick_metrics(["fd_vgg16"], 4, "cpu").names() == [] and "--vgg_backbone or OFTSR_VGG16" in capsys.readouterr().err
+
+
+# --- pyiqa ---
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyiqa") is None, reason="needs pyiqa")
+def test_pyiqa_without_weights_is_left_out_with_the_file_and_its_place(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    m = metrics.pick_metrics(["psnr_rgb", "musiq", "dists"], 4, "cpu")
+    said = capsys.readouterr().err.splitlines()
+    there = {name for name in ("musiq", "dists") if name in m.pictures}
+    assert len(said) == 2 - len(there) and m.names()[0] == "psnr_rgb"
+    for line in said:
+        assert " is left out: no " in line and ".pth in " in line
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyiqa") is None, reason="needs pyiqa")
+def test_a_metric_of_pyiqa_that_needs_no_weights_is_measured(monkeypatch):
+    monkeypatch.setattr(metrics, "PYIQA", ("ssimc",))
+    monkeypatch.setitem(metrics.METRICS, "ssimc", 4)
+    x = smooth(1, 64, 64)
+    m = metrics.pick_metrics(["ssimc"], 4, "cpu")
+    import pyiqa
+    a, b = batch(noisy(x, 1)), batch(x)
+    assert m.pictures["ssimc"](a, b).item() == pytest.approx(pyiqa.create_metric("ssimc")(a / 255, b / 255).item(), abs=1e-6)
+    assert m.notes == [f"pyiqa {pyiqa.__version__}"]
+
+
+# --- consistency ---
+
+
+@pytest.mark.parametrize("degradation", ("bicubic", "avgpool"))
+def test_consistency_is_the_psnr_of_what_was_measured(degradation):
+    task = data.replace(data.TASKS["photos"], degradation=degradation, eight_bit=False)
+    x = batch(smooth(1, 40, 48))
+    y = observe(to_float(x), task, torch.tensor([0]))
+    assert metrics.consistency(x, y, task).item() > 120  # the truth explains what was measured, but for float32
+    assert metrics.consistency(x, y + 16 / 127.5, task).item() == pytest.approx(20 * math.log10(255 / 16), abs=1e-3)
+
+
+def test_only_what_is_measured_better_upwards_is_called_higher():
+    assert metrics.HIGHER <= metrics.METRICS.keys() and not metrics.HIGHER & {"lpips", "dists", "fid", "fid_tf", "fd_vgg16"}

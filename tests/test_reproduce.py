@@ -1,6 +1,7 @@
 """REPRODUCE.md's commands: each is parsed, and what it resolves to is held against the paper's settings."""
 import re
 import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ import sample
 import train_flow
 import training
 from console import InputError
-from model import PRESETS, UNet
+from model import PRESETS, UNet, network_config, save_release
+from pictures import read_image
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train_flow.py": train_flow, "distill.py": distill, "evaluate.py": evaluate, "sample.py": sample, "ablate.py": ablate}
@@ -31,6 +33,7 @@ PAPER = {
     "ffhq_x8": ((0.1, 0, "bicubic", 8, 256, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
     "ffhq512_x4": ((0.1, 0, "bicubic", 4, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
     "ffhq512_x8": ((0.1, 0, "bicubic", 8, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
+    "realsr": ((0.2, 0, "real", 4, 256, "center", "l1", 0.5, 0.06), (32, 100_000, 1e-4), (32, 20_000, 1e-4)),  # ours: the paper's real flow has another network
     "ffhq_uncond": ((1.0, 0, "bicubic", 4, 256, "center", "l2", 0, 0), (32, 100_000, 1e-4), None),
 }
 DISTILLATION = {"solver": "midpoint", "dt": 0.05, "lambda_align": 0.01, "lambda_bc": 0.1, "t_min": 0.01, "t_max": 0.99}
@@ -123,3 +126,26 @@ def test_the_published_presets_forget_a_tenth_while_they_train():
     assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
     model.eval()
     assert torch.equal(draw(3), draw(4))
+
+
+def test_an_unconditional_flow_draws_pictures(tmp_path, capsys):
+    """Files of the training size and a grid of them, the same from the same seed, however many are drawn; and not from a flow that restores."""
+    torch.manual_seed(0)
+    task = asdict(replace(data.TASKS["ffhq_uncond"], image_size=32, model="plain"))
+    net = UNet(**network_config("plain", condition=False, sigma_p=1.0))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.03)
+    save_release(tmp_path / "uncond.safetensors", net, dict(stage="flow", step=1, task=task))
+    for name, count in (("a", 5), ("b", 2)):
+        assert sample.main(["--generate", str(count), "--ckpt", str(tmp_path / "uncond.safetensors"), "--solver", "euler", "--steps", "2", "-o", str(tmp_path / name)]) == 0
+    assert "5 pictures drawn" in (said := capsys.readouterr().out) and "2 evaluations each" in said
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"{i:04d}.png" for i in range(5)] + ["grid.png"]
+    assert read_image(tmp_path / "a" / "grid.png").shape == (64, 96, 3) and read_image(tmp_path / "a" / "0001.png").shape == (32, 32, 3)
+    one, two = (read_image(tmp_path / "a" / f"000{i}.png") for i in (0, 1))
+    assert (one != two).any() and (two == read_image(tmp_path / "b" / "0001.png")).all()
+    with pytest.raises(InputError, match="holds drawn pictures already"):
+        sample.main(["--generate", "1", "--ckpt", str(tmp_path / "uncond.safetensors"), "-o", str(tmp_path / "a")])
+    with pytest.raises(InputError, match="unconditional"):
+        sample.main(["--generate", "1", "-o", str(tmp_path / "c")])
+    with pytest.raises(SystemExit):
+        sample.main(["--generate", "1", "--t", "1"])

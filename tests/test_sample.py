@@ -135,9 +135,10 @@ def test_out_of_memory_halves_the_tile(error, folder, cli, capsys, monkeypatch):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 130, 3), dtype=np.uint8)).save("in/large.png")
     assert cli("in/a.png", "in/large.png", "-o", "out") == 0
     said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if "memory" in line] == ["in/large.png: not enough memory for one piece, going on with tiles of 384",
-                                                           "in/large.png: not enough memory for tiles of 384, going on with tiles of 192"]
-    assert json.loads(Image.open("out/large_x4.png").text["oftsr"])["tile"] == 192
+    assert [line for line in said if "memory" in line] == ["in/large.png: not enough memory for one piece, going on with tiles of 512",
+                                                           "in/large.png: not enough memory for tiles of 512, going on with tiles of 256",
+                                                           "in/large.png: not enough memory for tiles of 256, going on with tiles of 128"]
+    assert json.loads(Image.open("out/large_x4.png").text["oftsr"])["tile"] == 128
     most = 100
     assert cli("in/a.png", "in/large.png", "-o", "less") == 1
     said = capsys.readouterr().err.splitlines()

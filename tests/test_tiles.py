@@ -174,16 +174,16 @@ def test_the_tile_follows_the_memory_that_is_free(monkeypatch):
     pick = lambda *size, dtype=torch.float32: tiles.pick_tile("auto", model, *size, dtype)
     assert pick(1280, 1280) == 0 and pick(1281, 1280) == tiles.TILE and pick(10**5, 10**5) == tiles.TILE
     per_pixel = tiles.bytes_per_pixel(model, torch.float32)
-    free = 400**2 * per_pixel / 0.6 + 1
-    assert pick(390, 390) == 0 and pick(1000, 1000) == tiles.TILE // 2
+    free = 600**2 * per_pixel / 0.6 + 1
+    assert pick(590, 590) == 0 and pick(1000, 1000) == tiles.TILE // 2
     free = 1
     assert tiles.LEAST_TILE <= pick(1000, 1000) < 2 * tiles.LEAST_TILE
     assert tiles.pick_tile(333, model, 9, 9) == 333 and tiles.pick_tile("official", model, 9, 9) == "official"
 
 
 def test_a_tile_that_did_not_fit_is_halved_to_the_least():
-    assert smaller_tile(0, 1000, 1000, 32) == tiles.TILE and smaller_tile(tiles.TILE, 9000, 9000, 32) == tiles.TILE // 2
-    assert smaller_tile(0, 300, 200, 32) == 192 and smaller_tile(128, 1000, 1000, 32) is None
+    assert smaller_tile(0, 2000, 2000, 32) == tiles.TILE and smaller_tile(tiles.TILE, 9000, 9000, 32) == tiles.TILE // 2
+    assert smaller_tile(0, 300, 200, 32) == 256 and smaller_tile(128, 1000, 1000, 32) is None
     assert smaller_tile(256, 1000, 1000, 80) is None  # 128 is less than twice the overlap
 
 

@@ -179,7 +179,7 @@ def test_a_student_goes_on_with_the_truth(photos, teacher, tmp_path):
     assert meta["stage"] == "distill" and model.one_step
 
 
-def test_the_teacher_is_the_newest_of_its_task(photos, tmp_path, monkeypatch):
+def test_the_teacher_is_the_newest_of_its_task(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "c"):
         run(train_flow, photos, tmp_path / "out" / name, "--max_iters", 1, *(["--dataset", "div2k", "--sigma_p", "0.2"] if name == "c" else []))
@@ -187,7 +187,9 @@ def test_the_teacher_is_the_newest_of_its_task(photos, tmp_path, monkeypatch):
     for name, foreign in (("list", [1, 2]), ("dict", dict(stage="flow", task=None)), ("text", dict(stage="flow", task="a", args=["b"]))):  # somebody else's, and newer
         (tmp_path / "out" / name).mkdir()
         torch.save(foreign, tmp_path / "out" / name / "ckpt.pt")
+    capsys.readouterr()
     assert distill.newest("photos", "flow") == str(Path("out/a/ckpt.pt"))
+    assert capsys.readouterr().err == f"teacher: {Path('out/a/ckpt.pt')}, the newest of photos under out/ (--teacher names another)\n"
     with pytest.raises(InputError, match="not a checkpoint of this script"):
         run(distill, photos, tmp_path / "out" / "dict", "--init_from", "resume")
     assert distill.newest("div2k", "flow") == str(Path("out/c/ckpt.pt"))
@@ -299,6 +301,7 @@ def test_dry_run_writes_nothing(photos, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, says", [
     (["--data_dir", "missing"], "no folder missing"),
+    (["--data_dir", "missing", "--dry_run"], "no folder missing"),
     (["--init_from", "resume"], "no checkpoint at"),
     (["--init_from", "missing.pt"], "no checkpoint at missing.pt"),
     (["--image_size", "20"], "not a multiple of 8"),
