@@ -172,7 +172,7 @@ class DiT4SR(Teacher):
         self.vae, self.lora, self.guidance = vae.requires_grad_(False), lora, guidance
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.multiple, self.evaluations = self.factor * net.patch, 2 if guidance and not one_step else 1
-        self.width = vae.config.block_out_channels[0]
+        self.width = sum(c / 4**level for level, c in enumerate(vae.config.block_out_channels))
         for kind in ("", "negative_") if guidance else ("",):
             for name, dim in zip(("prompt_embeds", "pooled_prompt_embeds"), net.prompt_dims):
                 value = prompt.get(kind + name)

@@ -292,8 +292,8 @@ class UNet(nn.Module):
 
     @property
     def width(self):
-        """Channels of the widest map for each pixel of the picture."""
-        return self.config["channels"] * self.config["mults"][0] / self.patch**2
+        """Values of one map of each of its levels, for a pixel of the picture."""
+        return sum(self.channels * mult / (self.patch * 2**level) ** 2 for level, mult in enumerate(self.config["mults"]))
 
     def student(self):
         """The network that distillation starts from: this one, told that its input is x_0."""

@@ -337,7 +337,8 @@ class ResShift(Teacher):
         self.autoencoder = VQAutoencoder(**autoencoder).requires_grad_(False) if autoencoder else None
         self.factor = self.autoencoder.factor if autoencoder else 1
         self.multiple, self.t_last = self.net.multiple * self.factor, 1.0
-        self.width = net["channels"] / self.factor**2 + (autoencoder["channels"] if autoencoder else 0)
+        self.width = sum(sum(d["channels"] * mult / (factor * 2**level) ** 2 for level, mult in enumerate(d["mults"]))
+                         for d, factor in ((net, self.factor), (autoencoder, 1)) if d)
         if schedule:
             self.times = {k: v for k, v in schedule.items() if k != "pixels"}
             self.t_last = 1 - sqrt_eta(0, **self.times) / SQRT_ETA_END

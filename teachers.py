@@ -110,7 +110,7 @@ class Teacher(nn.Module):
     latent_channels, factor, multiple   C; pixels a latent; heights and widths in pixels are multiples of this
     t_last           the largest t it was trained at: from there one step leads to 1
     evaluations      network evaluations a call (2 with guidance)
-    width            channels of the widest map for each pixel of the picture, to know how large a tile may be
+    width            values of one map of each of its levels, for a pixel of the picture: to know how large a tile may be
     one_step         a student: its input is always x_0, so the path's numbers are those of t = 0, and t is only told
     config           the arguments that model.build makes it of, with its "family"
     """

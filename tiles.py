@@ -240,15 +240,8 @@ def smaller_tile(tile, height, width, tile_pad):
 
 
 def bytes_per_pixel(model, dtype):
-<<<<<<< HEAD
-    """About what the network holds at once for an output pixel: 15 maps of its first level and a half (measured, LOG.md)."""
-    return 15 * model.width * (4 if dtype == torch.float32 else 3)
-=======
     """About what the network holds at once for an output pixel: 15 maps of each of its levels (as measured of the shipped one, LOG.md)."""
-    c = model.config
-    values = sum(c["channels"] * mult / (c["patch"] * 2**level) ** 2 for level, mult in enumerate(c["mults"]))
-    return 15 * values * (4 if dtype == torch.float32 else 2)
->>>>>>> main
+    return 15 * model.width * (4 if dtype == torch.float32 else 2)
 
 
 def free_memory(device):
