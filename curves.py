@@ -20,11 +20,13 @@ import data
 import figures
 from console import InputError, Parser, Progress, in_range
 from degradations import degrade, to_float
-from evaluate import SHIPPED, check_together, find_truth, load_networks, load_truth, write_json
+from evaluate import SHIPPED, check_together, load_networks
 from flow import one_step
 from kernels import euler_step_, to_uint8
 from metrics import load_lpips
 from model import keep_freed_memory, pick_device, pick_dtype
+from pairs import find_truth, load_truth
+from report import write_json
 
 
 def parse_args(argv):

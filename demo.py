@@ -262,8 +262,7 @@ def checked(t):
 
 
 def open_picture(path, network, seed, tab, folder):
-    """What the page's picture is told of a file: its id, sizes and the picture itself. Raises InputError."""
-    close(tab)
+    """Open a file in a tab, in place of what it had open: its id, sizes and the picture itself, for the browser. Raises InputError."""
     if path is None:
         return None
     name = Path(path).name
@@ -273,6 +272,7 @@ def open_picture(path, network, seed, tab, folder):
         picture = read_picture(path, MOST_PIXELS)
     except InputError as e:
         raise InputError(str(e).replace(str(path), name).replace("if you trust it, raise --max_pixels (max_pixels in Python)", "sample.py takes larger ones")) from None
+    close(tab)
     opened = Opened(name, picture, network, int(seed), folder / "results" / secrets.token_urlsafe(16), tab)
     PAGES[opened.id] = opened
     height, width, factor = size_of(opened)
@@ -294,9 +294,6 @@ def build(folder):
     """The page (gradio.Blocks). folder: what it may write into."""
     import gradio as gr
 
-    def chosen_example(event: gr.SelectData):
-        return str(EXAMPLES[event.index])
-
     def dropped(event: gr.EventData):
         path = Path(event.path).resolve()
         return str(path) if path.is_relative_to(folder.resolve()) else None  # the browser names it: only what it has sent
@@ -316,15 +313,16 @@ def build(folder):
             with gr.Column(scale=1, min_width=260):
                 gr.Markdown("## OFTSR\nA picture 4 times larger, and a dial: **faithful** invents nothing, **realistic** draws what may have been there.")
                 upload = gr.UploadButton("Choose a picture", variant="primary", file_types=sorted(EXTENSIONS), elem_id="upload")
-                examples = gr.Gallery([str(p) for p in EXAMPLES], show_label=False, columns=3, height="auto", object_fit="cover", allow_preview=False,
-                                      interactive=False, elem_id="examples", buttons=[])
+                with gr.Row():
+                    examples = [(gr.Button(p.stem, icon=str(p), size="sm", min_width=70), p) for p in EXAMPLES]
                 network = gr.Radio(list(NETWORKS), value=next(iter(NETWORKS)), label="Network", elem_id="network")
                 seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, elem_id="seed")
             with gr.Column(scale=4, min_width=500):
                 viewer = gr.HTML(html_template=(ROOT / "demo.html").read_text(), js_on_load=(ROOT / "demo.js").read_text(), elem_id="viewer",
                                  server_functions=[show, download, progress, cancel])
         upload.upload(lambda file: file, upload, path)
-        examples.select(chosen_example, None, path)
+        for button, example in examples:
+            button.click(lambda example=str(example): example, None, path)
         viewer.dropped(dropped, None, path)
         gr.on([path.change, network.change, seed.submit, seed.blur], opening, [path, network, seed], viewer, show_progress="hidden")
         page.load(lambda: str(EXAMPLES[0]), None, path)

@@ -12,6 +12,7 @@ Legend: x_1 HR image (t = 1), x_lr = H^T(H(x_1) + n), x_0 = noised x_lr (t = 0),
 """
 import copy
 import ctypes
+import functools
 import importlib
 import json
 import math
@@ -28,7 +29,7 @@ from kernels import conv3x3, group_norm_silu, noise_augment
 
 # The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
 # to add one. What a class has to say of itself is written in teachers.Teacher.
-FAMILIES = {"unet": "model:UNet", "resshift": "resshift:ResShift", "dit4sr": "dit4sr:DiT4SR"}
+FAMILIES = {"unet": "model:UNet", "resshift": "resshift:ResShift"}
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
 # attention: down-sampling factors at which there is attention (none at all if empty). groups, patch, precond: see UNet;
@@ -75,9 +76,10 @@ def find_family(name):
         raise InputError(f"the checkpoint holds a network of the family {name!r}, which is none of {', '.join(FAMILIES)}: if it is yours, "
                          f"say OFTSR_FAMILIES={name}" if ":" in name else f"there is no family {name!r}: there are {', '.join(FAMILIES)}")
     module, _, function = FAMILIES.get(name, name).partition(":")
-    inside = f"{__package__}.{module}" if __package__ and FAMILIES.get(name, name) != name else module  # installed, this project is a package
+    if __package__ and ":" not in name:  # ours, in the installed package
+        module = f"{__package__}.{module}"
     try:
-        return getattr(importlib.import_module(inside), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:
         raise InputError(f"cannot import {module}:{function}: {e}") from e
 
@@ -380,13 +382,19 @@ def pick_device(name="auto"):
 
 def pick_dtype(name, device):
     """The one precision rule: auto is bfloat16 where the device computes in it, else float32; parameters stay float32."""
-    if name != "auto":
-        return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    if name == "bfloat16" and not fast:
+        warn_once("this processor has no arithmetic in bfloat16: float32 is faster here (--dtype auto takes it)")
+    return getattr(torch, name) if name != "auto" else torch.bfloat16 if fast else torch.float32
+
+
+@functools.lru_cache(maxsize=None)
+def warn_once(words):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(words, file=sys.stderr, flush=True)
 
 
 def keep_freed_memory():

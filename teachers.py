@@ -1,6 +1,6 @@
 """Networks that are not ours, as v(x_in, t): what they predict turned into a velocity, and what a student of theirs needs to know.
 
-    teacher = load_teacher("resshift:FILE", autoencoder="FILE")     # or "dit4sr:DIR", or "mypackage.module:function"
+    teacher = load_teacher("resshift:FILE", autoencoder="FILE")     # or "mypackage.module:function"
     v = teacher(x_in, t)          # x_in = concat(x_t, z_lr): (B, 2C, h, w), t: (B,) in [0, 1] -> v: (B, C, h, w)
 
 A family is a subclass of Teacher, named in model.FAMILIES: that table is the one place to add one. A network without a
@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 import kernels
-from console import InputError, in_range
+from console import InputError
 from model import FAMILIES, _read_release, build, find_family, load_checkpoint
 
 LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 would be 0 / 0
@@ -179,8 +179,6 @@ def add_teacher_flags(parser):
     g = parser.add_argument_group("teachers of other families")
     g.add_argument("--autoencoder", help="resshift: the file of its autoencoder (without one it works on pictures)")
     g.add_argument("--chain", type=int, choices=(4, 15), default=4, help="resshift: steps that it was trained for, where the file does not say (default: 4)")
-    g.add_argument("--lora", type=in_range(int, 1), help="dit4sr: train a low-rank addition of this rank, not the whole network")
-    g.add_argument("--guidance", type=in_range(float, 1), help="dit4sr: scale of classifier-free guidance, two evaluations a call (default: 1, none)")
 
 
 def names_family(spec):

@@ -3,7 +3,7 @@
 Each public function has a PyTorch reference of the same name and signature in reference.py, which is the definition
 of right, and a fused implementation in csrc/, in C++ and CUDA. OFTSR_KERNELS chooses, once, at first use:
 
-    auto   the extension, built at first use; PyTorch where there is no compiler (one line on stderr says so)
+    auto   the extension, built at first use; PyTorch where there is no compiler, or one that cannot build it (one line on stderr says so)
     ext    the extension, or an error
     torch  PyTorch
 
@@ -49,10 +49,10 @@ def _choose(wanted):
     gpu = torch.cuda.is_available()
     cuda = gpu and build.cuda_home() is not None
     try:
-        path = build.load(cuda)
+        path = build.load(cuda, again=wanted == "ext")
     except build.MissingTool as e:
         if wanted == "ext":
-            raise
+            raise e.__cause__ if isinstance(e.__cause__, RuntimeError) else e
         return (), f"PyTorch; {e}"
     _register()
     if gpu and not cuda:

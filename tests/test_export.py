@@ -1,10 +1,14 @@
 """The ONNX file against PyTorch, with onnxruntime alone: sizes and t it was not exported with, its noise, its defaults."""
+import re
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import export
 import kernels
@@ -63,6 +67,18 @@ def test_programs_that_know_one_input_get_the_defaults(session, expected):
     (out,) = session.run(None, {"input": picture.numpy()})
     assert np.abs(out - expected(picture, 0.25, 7)).max() < 1e-4
     assert np.abs(out - expected(picture, 0.25, 8)).max() > 1e-3 < np.abs(out - expected(picture, 0.5, 7)).max()
+
+
+def test_readmes_example(session, student, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(import numpy as np, onnxruntime.*?)```", (Path(export.__file__).parent / "README.md").read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    Path("assets").mkdir()
+    small = torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    Image.fromarray(small).save("assets/cat.png")
+    shutil.copy(student.with_name("model.onnx"), "model.onnx")
+    exec(code, {})
+    want = sample.upscale(small, t=0.3, seed=7, ckpt=student, device="cpu", dtype="float32")
+    assert np.abs(np.asarray(Image.open("cat_x4.png")).astype(int) - want).max() <= 1 and want.std() > 20
 
 
 @pytest.mark.parametrize("scale", [1, 2, 3, 4, 8])

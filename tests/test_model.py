@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import model as networks
 from console import InputError
 from model import PRESETS, UNet, UpConv, count_macs, load_checkpoint, load_model, network_config, save_release
 from training import EMA, Muon, make_optimizers, save_checkpoint
@@ -257,3 +258,14 @@ def test_a_release_may_be_read_by_whom_any_new_file_may(tmp_path):
     (tmp_path / "plain").touch()
     save_release(tmp_path / "weights.safetensors", tiny(), dict(stage="flow"))
     assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_bfloat16_is_said_to_be_slower_where_it_is(monkeypatch, capsys):
+    networks.warn_once.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    cpu = torch.device("cpu")
+    for name, dtype, said in (("auto", torch.float32, 0), ("float32", torch.float32, 0), ("bfloat16", torch.bfloat16, 1), ("bfloat16", torch.bfloat16, 0)):
+        assert networks.pick_dtype(name, cpu) == dtype and capsys.readouterr().err.count("float32 is faster here") == said
+    networks.warn_once.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert networks.pick_dtype("auto", cpu) == networks.pick_dtype("bfloat16", cpu) == torch.bfloat16 and not capsys.readouterr().err

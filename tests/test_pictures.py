@@ -370,6 +370,19 @@ def test_what_is_hidden_stays_hidden(soft):
     assert np.abs(np.diff(edge, n=2)).max() <= 2
 
 
+def test_stairs_become_the_line_they_stand_for():
+    hard, truth = disc(64)[..., 3:], disc(256)[..., 3:] > 127
+    wrong = [((resized(x, 256, 256) > 127) != truth).sum() for x in (hard, pictures.smooth_stairs(hard))]
+    assert wrong[1] < 0.7 * wrong[0], wrong
+    square, line = np.zeros((32, 32, 1), np.uint16), np.zeros((32, 32, 1), np.uint8)
+    square[8:24, 8:24] = 65535
+    line[range(32), range(32)] = 255
+    changed = pictures.smooth_stairs(square) != square
+    assert changed.sum() <= 12 and not changed[10:22].any()  # its corners alone
+    for same in (line, disc(64, 1.5)[..., 3:], photo(4)[..., 3:], np.full_like(line, 255)):
+        assert np.array_equal(pictures.smooth_stairs(same), same)
+
+
 def test_alpha_that_hides_nothing_and_alpha_that_hides_all():
     opaque = photo(4)
     opaque[..., 3] = 255
@@ -548,3 +561,29 @@ def test_a_long_name_and_a_console_that_cannot_show_it(tmp_path):
 def test_importing_is_cheap():
     code = "import sys, pictures; print(*(m for m in ('torch', 'tifffile', 'imagecodecs', 'cv2', 'PIL.ImageCms') if m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+# --- through the network ---
+
+
+def test_upscale_gives_back_the_kind_it_got(weights, tmp_path):
+    """Gray with equal channels, alpha apart, 16 bits unrounded; paths, PIL pictures, arrays, and lists of these."""
+    from sample import upscale
+    how, shares = dict(t=1, ckpt=weights / "distill.safetensors", device="cpu"), []
+    for channels in (1, 2, 3, 4):
+        small = photo(channels, height=12, width=17)
+        eight, sixteen = upscale(small, **how), upscale(pictures.to_depth(small, np.uint16), **how)
+        assert eight.shape == sixteen.shape == (48, 68, channels) and (eight.dtype, sixteen.dtype) == (np.uint8, np.uint16)
+        rounding = 0.51 if channels in (1, 3) else 2  # what lies under the alpha is rounded too
+        assert np.abs(eight.astype(float) - sixteen / 257).max() <= rounding and (sixteen % 257).any()
+        im = Image.fromarray(small[..., 0] if channels == 1 else small)
+        assert upscale(im, **how).mode == im.mode and np.array_equal(np.asarray(upscale(im, **how)).reshape(eight.shape), eight)
+        write_picture(tmp_path / f"{channels}.png", small)
+    assert upscale(small[..., 0], **how).shape == (48, 68)
+    mixed = [tmp_path / "1.png", str(tmp_path / "4.png"), small, Image.fromarray(small[..., :3])]
+    several = upscale(mixed, progress=shares.append, outscale=2.5, **how)
+    assert [np.asarray(x).shape for x in several] == [(30, 42, 1), (30, 42, 4), (30, 42, 4), (30, 42, 3)] and sum(shares) == pytest.approx(1)
+    assert np.array_equal(several[1], several[2]) and np.array_equal(several[0], upscale(mixed[0], outscale=2.5, **how))
+    for bad in (small / 255, small[None], np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4), np.uint8)):
+        with pytest.raises(InputError, match="uint8 or uint16"):
+            upscale(bad, **how)

@@ -1,4 +1,4 @@
-"""Teachers that are not ours: conversions to v on closed forms, ResShift's and DiT4SR's networks against published outputs, files, students."""
+"""Teachers that are not ours: conversions to v on closed forms, ResShift's networks against published outputs, files, students."""
 import argparse
 import json
 import os
@@ -247,7 +247,7 @@ def published(tmp_path, monkeypatch):
     extra = {"input_blocks.1.1.blocks.1.attn_mask": torch.zeros(4, 64, 64)}  # published files hold such buffers
     torch.save({"state_dict": {f"module.{k}": v for k, v in {**net.state_dict(), **extra}.items()}}, tmp_path / "net.pth")
     torch.save(vq.state_dict(), tmp_path / "vq.pth")
-    return tmp_path, argparse.Namespace(autoencoder=str(tmp_path / "vq.pth"), chain=15, lora=None, guidance=None)
+    return tmp_path, argparse.Namespace(autoencoder=str(tmp_path / "vq.pth"), chain=15)
 
 
 def test_a_published_resshift_its_student_and_its_file(published):
@@ -259,6 +259,7 @@ def test_a_published_resshift_its_student_and_its_file(published):
     z_lr = teacher.to_latents(x_lr)
     x_in = teacher.start(z_lr, None, seeds)
     assert x_in.shape == (2, 6, 22, 14) and torch.equal(x_in[:, 3:], z_lr)
+    assert (x_in[:, :3] - z_lr).std() == pytest.approx(2 * 0.99, rel=0.1)  # the chain's own start, kappa sqrt(eta_T) of noise
     z_1, nfe = teacher.ancestral(x_in, lambda i: torch.zeros(2, 3, 22, 14), 4)
     assert nfe == 4 and teacher.to_pixels(z_1).shape == x_lr.shape
     student = teacher.student()
@@ -308,7 +309,7 @@ def test_bring_your_own(tmp_path, monkeypatch):
     """README's example, small: its teacher is distilled, and its student restores once its function is named."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
     monkeypatch.setitem(model.FAMILIES, "unet", model.FAMILIES["unet"])  # what load_teacher adds goes with the test
-    args = argparse.Namespace(autoencoder=None, chain=4, lora=None, guidance=None)
+    args = argparse.Namespace(autoencoder=None, chain=4)
     teacher, _ = teachers.load_teacher("bring_your_own:teacher", args)
     student = teacher.student()
     assert student.config == {"family": "bring_your_own:teacher", "one_step": True}
