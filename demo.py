@@ -9,6 +9,7 @@ folder of its own that is gone when the program ends. demo.js is the part of it 
 import atexit
 import base64
 import functools
+import importlib.util
 import io
 import math
 import os
@@ -29,8 +30,9 @@ import numpy as np
 from PIL import Image
 
 import sample
+from colour import rgb8
 from console import InputError, Parser, in_range
-from pictures import EXTENSIONS, open_writer, read_picture, rgb8
+from pictures import EXTENSIONS, open_writer, read_picture
 
 ROOT = Path(__file__).parent
 FLOW = ROOT / "weights" / "photos_x4_flow.safetensors"
@@ -38,6 +40,7 @@ EXAMPLES = [ROOT / "assets" / name for name in ("astronaut.png", "cat.png", "cof
 NETWORKS = {"student: one step": (sample.WEIGHTS, {}), "flow: 8 steps of midpoint": (FLOW, dict(solver="midpoint", steps=8))}
 MOST_PIXELS = 13_000_000  # of an input: a camera's 4000 x 3000
 MOST_BYTES = 100_000_000
+KEPT = 300_000_000  # bytes of seen results of one picture, in memory
 SHOWN = 16_000_000  # pixels of a result that a browser is given; a larger one is shown reduced
 
 
@@ -167,7 +170,10 @@ def picture(opened, t, ahead=False):
     with TURNS.turn(opened, lambda: not ahead and opened.asked != mine, ahead):
         if t not in opened.seen:
             opened.seen[t] = data_url(small(opened, t) if size_of(opened)[2] > 1 else np.concatenate([rgb8(rows) for rows in restored(opened, t)]))
-    return opened.seen[t]
+        shown = opened.seen[t]
+        while len(opened.seen) > 1 and sum(map(len, opened.seen.values())) > KEPT:
+            del opened.seen[next(iter(opened.seen))]  # the oldest
+    return shown
 
 
 def small(opened, t):
@@ -180,7 +186,9 @@ def small(opened, t):
             whole = len(kept) // factor * factor
             shown.append(rgb8(reduced(kept[:whole], factor)))
             kept = kept[whole:]
-    opened.files[t] = path
+    for old in opened.files.values():  # hundreds of megabytes each: the last one is kept
+        old.unlink(missing_ok=True)
+    opened.files = {t: path}
     return np.concatenate(shown)
 
 
@@ -335,15 +343,14 @@ def main(argv=None):
     p.add_argument("--port", type=in_range(int, 0, 65535), help="of the page (default: the first free one from 7860 on)")
     p.add_argument("--no_browser", action="store_true", help="open no browser: the page's address is printed")
     args = p.parse_args(argv)
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the page needs gradio: pip install -e '.[demo]'")
     folder = Path(tempfile.mkdtemp(prefix="oftsr-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then, too
     os.environ.update(GRADIO_TEMP_DIR=str(folder / "gradio"), GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
     (folder / "results").mkdir()
-    try:
-        import gradio as gr
-    except ImportError:
-        raise InputError("the page needs gradio: pip install -e '.[demo]'") from None
+    import gradio as gr
     for name in NETWORKS:
         load(name)
     page = build(folder)

@@ -33,10 +33,10 @@ import torch.distributed as dist
 import data
 import figures
 from console import InputError, Parser, Progress, in_range
-from degradations import H_T, H, degrade, observe, to_float
+from degradations import H_T, H, observe, to_float
 from folders import note
 from kernels import to_uint8
-from metrics import BACKBONES, FEW, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics, psnr_rgb
+from metrics import BACKBONES, FEW, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
 from model import UNet, keep_freed_memory, load_model, pick_device, pick_dtype
 from pairs import by_stem, clear, find_pairs, find_truth, load_truth
 from pictures import list_images, read_image, write_picture
@@ -93,7 +93,7 @@ def load_network(path, device, args):
         if meta["task"] and args.sigma_p is None:
             task = replace(task, sigma_p=meta["task"]["sigma_p"])  # the network's own: the rest is the data's
     elif meta["task"]:
-        task = measured_task(args, data.Task(**meta["task"]))
+        task = measured_task(args, data.saved_task(meta["task"], path))
     else:
         raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
     if not task.condition and task.sigma_p == 1:
@@ -353,31 +353,6 @@ def tune(network, bench, args, progress, say):
     digits = METRICS[name]
     asked = f"nearest to {goal:g}" if goal is not None else "best"
     return list(lines.values()), f"{network.name}: --t {t:g} is {asked}: {name} {lines[t][name]:.{digits}f}"
-
-
-# --- a look during training ---
-
-
-@torch.no_grad()
-def validate(predict, x_1, task, lpips, device):
-    """A quick look during training: PSNR and LPIPS of what predict makes of x_1 (N, 3, S, S) uint8, and a picture of it.
-
-    predict: x_lr (1, 3, S, S) and seeds (1,) -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
-    "lpips_NAME"}, with x_lr's own under "lr", and x_lr, the results and x_1 of the first four side by side, uint8 (H, W, 3).
-    """
-    scores, rows = {}, []
-    for i, picture in enumerate(x_1):
-        truth, seeds = to_float(picture[None]).to(device), torch.full((1,), i, device=device)
-        x_lr = degrade(truth, task, seeds)
-        results = {"lr": x_lr, **predict(x_lr, seeds)}
-        shown = {name: to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
-        for name, x in shown.items():
-            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
-            if lpips and min(picture.shape[1:]) >= 32:  # AlexNet's pooling leaves nothing of less
-                scores.setdefault(f"lpips_{name}", []).append(lpips(to_float(x), truth).item())
-        if i < 4:
-            rows.append(torch.cat([x[0].cpu() for x in shown.values()] + [picture], dim=2))
-    return {k: statistics.fmean(v) for k, v in scores.items()}, torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
 
 
 # --- the command line ---

@@ -32,8 +32,9 @@ import numpy as np
 # PyTorch takes seconds to load. Where it is needed it is imported inside the functions, so that --help and a mistyped
 # flag are answered at once.
 from batch import STRIP, find_inputs, is_file_name, origin, plan
+from colour import from_planes, resized, split_alpha, to_planes
 from console import VERSION, InputError, Parser, Progress, in_range
-from pictures import MAX_PIXELS, as_picture, from_planes, losses, open_writer, read_picture, resized, split_alpha, to_planes, write_picture
+from pictures import MAX_PIXELS, as_picture, losses, open_writer, read_picture, write_picture
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
 SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45", "ancestral")  # the last is a ResShift's own
@@ -45,10 +46,10 @@ STEPS = 8  # of a solver, unless told
 
 @functools.lru_cache(maxsize=2)
 def _load(path, device, preset, mtime):  # mtime: a file that has changed is another file
-    from data import Task
+    from data import saved_task
     from model import load_model
     net, meta = load_model(path, device, preset)
-    return net, meta["stage"], Task(**meta["task"]) if meta["task"] else None
+    return net, meta["stage"], saved_task(meta["task"], path) if meta["task"] else None
 
 
 def load(ckpt=None, device="auto", preset=None):

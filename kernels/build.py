@@ -35,7 +35,7 @@ class MissingTool(EnvironmentError):
 
 
 def sources(cuda):
-    names = ["ops.cpp", "cpu.cpp", "cpu_norm.cpp", "cpu_conv.cpp"] + (["cuda.cu", "cuda_norm.cu"] if cuda else [])
+    names = ["ops.cpp", "cpu.cpp", "cpu_norm.cpp", "cpu_conv.cpp", "cpu_damage.cpp"] + (["cuda.cu", "cuda_norm.cu"] if cuda else [])
     return [str(CSRC / name) for name in names]
 
 

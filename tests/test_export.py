@@ -1,6 +1,7 @@
 """The ONNX file against PyTorch, with onnxruntime alone: sizes and t it was not exported with, its noise, its defaults."""
 import re
 import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 import export
 import kernels
 import sample
+from console import InputError
 from data import TASKS
 from model import save_release
 from test_model import tiny
@@ -86,6 +88,13 @@ def test_readmes_example(session, student, tmp_path, monkeypatch):
 def test_enlarge_is_torchs(scale, size):
     y = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.allclose(export.enlarge(y, scale), F.interpolate(y, scale_factor=scale, mode="bicubic", antialias=True), atol=1e-5)
+
+
+def test_without_onnx(student, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(InputError, match="needs the package onnx"):
+        sample.main(["--export", str(tmp_path / "m.onnx"), "--ckpt", str(student)])
+    assert not list(tmp_path.glob("*.onnx"))
 
 
 def test_noise_is_the_kernels():

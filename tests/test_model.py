@@ -13,8 +13,9 @@ import torch
 
 import model as networks
 from console import InputError
-from model import PRESETS, UNet, UpConv, count_macs, load_checkpoint, load_model, network_config, save_release
-from training import EMA, Muon, make_optimizers, save_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint
+from model import PRESETS, UNet, UpConv, count_macs, load_model, network_config, save_release
+from training import EMA, Muon, make_optimizers
 
 GOLDEN = Path(os.environ.get("OFTSR_GOLDEN", "nowhere"))
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="OFTSR_GOLDEN does not name the folder of published reference outputs")
@@ -61,7 +62,7 @@ def test_published_checkpoint_loads(monkeypatch):
         assert torch.equal(p, torch.tensor(golden[f"param.{name}"])), name
     assert meta["stage"] is None and meta["task"] is None
     with pytest.raises(InputError, match="does not hold this network"):
-        load_model(GOLDEN / "official_ema_tiny.pth", model="tiny")
+        load_model(GOLDEN / "official_ema_tiny.pth", model="ffhq")
 
 
 def test_small_presets_sizes():
@@ -229,7 +230,7 @@ def test_bad_files_are_one_line(tmp_path):
 
 WRITER = """
 import sys, torch
-from training import save_checkpoint
+from checkpoints import save_checkpoint
 n = 0
 while True:
     n += 1
@@ -249,9 +250,9 @@ def test_kill_during_a_save_leaves_a_whole_file(tmp_path):
             writer.send_signal(signal.SIGKILL)
         saved = load_checkpoint(path)
         assert torch.equal(saved["data"], torch.full((500_000,), float(saved["n"])))
-    assert len(list(tmp_path.iterdir())) <= 2  # at most one leftover, which the next save overwrites
+    assert len(list(tmp_path.iterdir())) <= 3  # the one before, and at most one leftover, which the next save sweeps
     save_checkpoint(path, dict(n=0))
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_before.pt"]
 
 
 def test_a_release_may_be_read_by_whom_any_new_file_may(tmp_path):
