@@ -28,7 +28,6 @@ import teachers
 import training
 from checkpoints import file_sha256, load_checkpoint
 from console import InputError, in_range
-from degradations import degrade
 from flow import RK2_NODES, integrate, mean_slope, one_step
 from metrics import load_lpips
 from model import build, load_model, network_config
@@ -261,7 +260,7 @@ def main(argv=None):
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
     training.check_best(run, lpips)
-    val = data.validation_pictures(val_paths, task, args.eval_pictures) if run.master else None
+    val = training.validation_pictures(run, val_paths) if run.master else None
 
     def predict(x_lr, seeds):  # with the averaged weights, along the dial; and the teacher in a few steps
         with run.autocast():
@@ -295,8 +294,7 @@ def main(argv=None):
 
             training.before_update(run, state)
             for micro in range(args.gradient_accumulation_steps):
-                x_1, n, seeds, t = training.next_batch(run, batches)
-                x_lr = degrade(x_1, task, seeds)
+                x_1, x_lr, n, seeds, t = training.next_batch(run, batches)
                 with run.autocast():
                     x_in = teacher.start(teacher.to_latents(x_lr), task.sigma_p, seeds)
                 last = micro == args.gradient_accumulation_steps - 1
