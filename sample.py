@@ -37,7 +37,7 @@ from console import VERSION, InputError, Parser, Progress, in_range
 from pictures import MAX_PIXELS, as_picture, losses, open_writer, read_picture, write_picture
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
-SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45")
+SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45", "ancestral")  # the last is a ResShift's own
 STEPS = 8  # of a solver, unless told
 
 
