@@ -490,11 +490,21 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, monkeypatch):
             assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
+def test_half_an_exif_is_a_note_and_no_warning(tmp_path, recwarn):
+    Image.fromarray(photo()).save(tmp_path / "a.jpg", exif=camera_exif().tobytes()[:60])
+    back = read_picture(tmp_path / "a.jpg")
+    assert back.pixels.ndim == 3 and any("damaged" in line for line in back.notes) and not recwarn.list and all("\n" not in line for line in back.notes)
+
+
 def test_heic(tmp_path):
-    pytest.importorskip("pillow_heif", reason="pillow-heif is an extra")
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is an extra")
     write_picture(tmp_path / "a.heic", photo(), quality=100)
     back = read_picture(tmp_path / "a.heic")
     assert back.format == "HEIF" and np.abs(back.pixels.astype(int) - photo()).mean() < 2 and probe(tmp_path / "a.heic").width == 58
+    deep = photo(3, np.uint16)
+    pillow_heif.from_bytes("RGB;16", (58, 41), deep.tobytes()).save(tmp_path / "ten.heic", quality=100)  # 10 bits
+    back = read_picture(tmp_path / "ten.heic").pixels
+    assert probe(tmp_path / "ten.heic").deep and back.dtype == np.uint16 and np.abs(back.astype(int) - deep).mean() < 600 and len(np.unique(back)) > 256
 
 
 def test_bombs_are_refused_and_large_photographs_are_not(tmp_path):
@@ -554,7 +564,7 @@ def test_windows(tmp_path, monkeypatch):
 def test_a_long_name_and_a_console_that_cannot_show_it(tmp_path):
     name = "ж" * 120 + ".png"
     write_picture(tmp_path / name, photo())
-    code = "import console; console.speak_anywhere(); print('ж\\udcff')"
+    code = "import console; console.Parser(); print('ж\\udcff')"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert out.returncode == 0 and out.stdout.strip() == b"\\u0436\\udcff"
 
