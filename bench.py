@@ -4,6 +4,8 @@
     python bench.py kernels --only norm     those whose name contains "norm"
     python bench.py kernels --device cuda --dtype bfloat16
     python bench.py model                   the published FFHQ network's one step: as published, and ours
+    python bench.py memory --size 128       what training keeps for the backward pass: GiB a picture, by preset and stage
+    python bench.py degradation             the real world's degradation: ours, and one by one with OpenCV and a codec
 
 Equality comes first: nothing is timed before "all results match". "eager" is what a PyTorch user would write (the
 functions below), "compiled" is torch.compile of it. The floor is the time in which a copy moves the bytes that the
@@ -24,10 +26,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import numpy as np
+
+import data
+import distill
 import kernels
 import model
 from console import in_range
+from degradations import draw, real, uniforms
 from kernels import reference
+from pictures import read_image
 
 SIGMA_P, DT, ALPHA = 0.2, 0.1, 0.5
 
@@ -311,18 +319,139 @@ def bench_model(device, size):
             print(f"{name:45}{low:>9.1f} {median:>9.1f} {high:>9.1f} ms{published / median:>7.2f}x", flush=True)
 
 
+# --- memory ---
+
+
+def kept_bytes(net, run):
+    """The bytes that autograd keeps for the backward pass of run(), the network's parameters aside."""
+    own, kept = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x  # which keeps its memory from being another's
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        graph = run()
+    del graph
+    return sum(n for at, n in kept.items() if at not in own)
+
+
+def memory_of(preset, size, dtype):
+    """Bytes that one more picture of size x size adds: (stage 1; stage 2 in one batch; stage 2 in turn). The teacher keeps none."""
+    net, teacher, used = model.UNet(**model.network_config(preset, sigma_p=SIGMA_P, sigma_d=0.16)).to(memory_format=torch.channels_last), lambda x, t: x[:, :3], []
+    for batch in (1, 2):
+        x_in, t = torch.zeros(batch, 6, size, size), torch.full((batch,), 0.5)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            turns, parts = distill.losses_in_turn(net, teacher, x_in, t, t + DT), []
+            for _ in range(3):  # what one evaluation keeps is given back before the next
+                parts.append(kept_bytes(net, lambda: next(turns)))
+            used.append((kept_bytes(net, lambda: net(x_in, t)), kept_bytes(net, lambda: distill.distillation_losses(net, teacher, x_in, t, t + DT)), max(parts)))
+    return [two - one for one, two in zip(*used)]
+
+
+def bench_memory(dtype, only, size):
+    """Prints GiB a picture of each preset at the size that its tasks have, scaled from `size`: all that is kept grows with the area."""
+    sides = {}
+    for task in data.TASKS.values():
+        sides.setdefault(task.model, task.image_size)
+    print(f"GiB a picture kept for the backward pass, {str(dtype).removeprefix('torch.')} autocast, measured at {size} x {size}, torch {torch.__version__}\n"
+          f"{'':12}{'pixels':>8}{'stage 1':>10}{'stage 2':>10}{'--in_turn':>11}")
+    for preset in model.PRESETS:
+        if only in preset:
+            side = sides.get(preset, 128)
+            row = [n * (side / size) ** 2 / 2**30 for n in memory_of(preset, size, dtype)]
+            print(f"{preset:12}{side:>8}" + "".join(f"{n:>{w}.3f}" for n, w in zip(row, (10, 10, 11))), flush=True)
+
+
+# --- the real world's degradation ---
+
+
+def opencv_noise(x, damage, rng):
+    """As BasicSR adds it with NumPy: x (h, w, 3) in [0, 1]."""
+    source = x @ np.float32([0.2989, 0.587, 0.114])[:, None] if damage.gray else x
+    if damage.gaussian:
+        n = rng.standard_normal(source.shape) * damage.noise
+    else:
+        v = np.clip((source * 255).round(), 0, 255) / 255
+        N = 2 ** np.ceil(np.log2(len(np.unique(v))))
+        n = (rng.poisson(v * N) / N - v) * damage.noise
+    return np.clip(x + n, 0, 1).astype(np.float32)
+
+
+def opencv_jpeg(x, quality):
+    import cv2
+    _, file = cv2.imencode(".jpg", (x.clip(0, 1) * 255).round().astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, int(quality)])
+    return cv2.imdecode(file, cv2.IMREAD_COLOR).astype(np.float32) / 255
+
+
+def opencv_real(x, harm, rng, scale):
+    """The same accident (degradations.Harm) with OpenCV's filters and resizing, NumPy's noise and a JPEG codec: x (H, W, 3) float32 in [0, 1]."""
+    import cv2
+    how = {"area": cv2.INTER_AREA, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "antialiased": cv2.INTER_AREA}
+    final = x.shape[1] // scale, x.shape[0] // scale
+    filtered = lambda x, k: x if k is None else cv2.filter2D(x, -1, k.astype(np.float32))
+    for i, damage in enumerate(harm.rounds):
+        x = filtered(x, damage.kernel)
+        of = final if i else (x.shape[1], x.shape[0])
+        x = cv2.resize(x, [max(1, int(side * damage.ratio)) for side in of], interpolation=how[damage.method])
+        x = opencv_noise(x, damage, rng)
+        if i == 0 and harm.quality:
+            x = opencv_jpeg(x, harm.quality)
+    if harm.last_quality and not harm.jpeg_last:
+        x = opencv_jpeg(x, harm.last_quality)
+    x = filtered(cv2.resize(x, final, interpolation=how[harm.method]), harm.kernel)
+    return opencv_jpeg(x, harm.last_quality) if harm.last_quality and harm.jpeg_last else x
+
+
+def bench_degradation(device, size, scale=4, count=64):
+    """Pictures a second on one core: `count` crops of the photographs in assets/, at the published strength."""
+    try:
+        import cv2
+    except ImportError:
+        raise SystemExit("the other side of this comparison needs OpenCV: pip install opencv-python-headless") from None
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    images = [torch.from_numpy(read_image(p)) for p in sorted(data.ASSETS.glob("*.png"))]
+    rng, seeds = np.random.default_rng(0), torch.arange(count)
+    crops = []
+    for i in range(count):
+        image = images[i % len(images)]
+        y, x = (int(rng.integers(max(1, side - size + 1))) for side in image.shape[:2])
+        crops.append(image[y : y + size, x : x + size])
+    x = torch.stack(crops)  # (B, S, S, 3)
+    x_1, planes = (x.permute(0, 3, 1, 2).float() / 127.5 - 1).to(device), x.numpy().astype(np.float32) / 255
+    harms = [draw(u, 1.0) for u in uniforms(seeds, 100)]
+    ours, theirs = real(x_1, seeds.to(device), scale, 1.0), [opencv_real(p, h, rng, scale) for p, h in zip(planes, harms)]
+    ours = (ours.cpu() * 0.5 + 0.5).permute(0, 2, 3, 1).numpy()
+    # The same draws but for the noise: pictures of the same brightness and of the same roughness.
+    means, spread = (np.corrcoef([[f(p) for p in ours], [f(p) for p in theirs]])[0, 1] for f in (np.mean, np.std))
+    if min(means, spread) < 0.95:
+        raise SystemExit(f"the results do not match: correlation of means {means:.3f}, of deviations {spread:.3f}")
+    print(f"the results match: means and deviations of the {count} pictures correlate by {means:.3f} and {spread:.3f}")
+    columns = clock([lambda: real(x_1, seeds.to(device), scale, 1.0), lambda: [opencv_real(p, h, rng, scale) for p, h in zip(planes, harms)]], [()], device, seconds=2)
+    what = "one CPU thread" if device == "cpu" else torch.cuda.get_device_name()
+    print(f"{size} x {size} to {size // scale}, strength 1, {what}, torch {torch.__version__}; pictures a second, draws included in ours\n")
+    for name, (low, median, high) in zip(("ours", "OpenCV, NumPy and a codec, one core"), columns):
+        print(f"{name:40}{1e3 * count / high:>9.0f} {1e3 * count / median:>7.0f} {1e3 * count / low:>7.0f}")
+    print(f"{columns[1][1] / columns[0][1]:.2f}x")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=["kernels", "model"])
+    parser.add_argument("what", choices=["kernels", "model", "memory", "degradation"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in")
-    parser.add_argument("--only", default="", help="kernels: those whose name contains this")
-    parser.add_argument("--size", type=in_range(int, 16), default=256, help="height and width of the pictures")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in; memory: of the arithmetic")
+    parser.add_argument("--only", default="", help="kernels, memory: those whose name contains this")
+    parser.add_argument("--size", type=in_range(int, 16), help="height and width of the pictures (default: 256; degradation: 128)")
     args = parser.parse_args(argv)
     if args.what == "kernels":
-        bench_kernels(args.device, getattr(torch, args.dtype), args.only, args.size)
+        bench_kernels(args.device, getattr(torch, args.dtype), args.only, args.size or 256)
+    elif args.what == "model":
+        bench_model(args.device, args.size or 256)
+    elif args.what == "memory":
+        bench_memory(getattr(torch, args.dtype), args.only, args.size or 128)
     else:
-        bench_model(args.device, args.size)
+        bench_degradation(args.device, args.size or 128)
 
 
 if __name__ == "__main__":

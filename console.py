@@ -117,6 +117,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one line with a hint, and which takes no beginning of a flag for the flag."""
 
     def __init__(self, **options):
+        speak_anywhere()  # every program here begins with one of these
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):

@@ -8,6 +8,7 @@ run is the same picture, crop and flip on one GPU and on eight.
 """
 import argparse
 import itertools
+import signal
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -90,6 +91,22 @@ def add_task_flags(parser):
     g.add_argument("--no_condition", dest="condition", action="store_false", default=None, help="it does not: x_lr counts only through x_0")
     g.add_argument("--hflip", type=in_range(float, 0, 1), help="chance of a horizontal flip")
     g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
+
+
+def saved_task(cells, path):
+    """The Task that the file at path says it was made for (a dict), checked: a number of another type or size is not believed. Raises InputError."""
+    known = {f.name: f for f in fields(Task)}
+    limits = dict(scale=(1, 64), sigma_n=(0, 10), strength=(-1, 1), sigma_p=(0, 1), image_size=(8, 65536), hflip=(0, 1), vflip=(0, 1))
+    for name, value in cells.items():
+        if name not in known:
+            raise InputError(f"{path} was made for a task with {name!r}, which this version does not know")
+        kind, (low, high) = known[name].type, limits.get(name, (-2**31, 2**31))
+        right = type(value) in {str: (str,), bool: (bool,), int: (int,), float: (int, float)}[kind]
+        if not right or (kind in (int, float) and not low <= value <= high):
+            raise InputError(f"{path} was made for a task whose {name} is {value!r:.40}, which no task has")
+    if "name" not in cells:
+        raise InputError(f"{path} was made for a task without a name")
+    return Task(**cells)
 
 
 def resolve_task(args, row=None, training=True):
@@ -185,11 +202,12 @@ class Pictures(torch.utils.data.Dataset):
     """Training pictures: item (index, n) is (3, S, S) uint8 and n, the crop and flips being drawn from (seed, n).
 
     A picture that is broken, or too small for the task, is replaced by the next one with a warning that names it; when
-    more than 1 % are broken, or none is large enough, InputError.
+    more than 1 % are broken, or none is large enough, InputError. All processes that load for one training process count together.
     """
 
     def __init__(self, paths, task, seed):
-        self.paths, self.task, self.seed, self.broken, self.small = paths, task, seed, set(), set()
+        self.paths, self.task, self.seed = paths, task, seed
+        self.broken, self.small = torch.zeros(2, len(paths), dtype=torch.bool).share_memory_()  # which have been found to be
 
     def __len__(self):
         return len(self.paths)
@@ -200,21 +218,21 @@ class Pictures(torch.utils.data.Dataset):
             try:
                 image = read_image(path)
             except InputError as e:
-                self.skip(path, self.broken, e)
-                if len(self.broken) > 0.01 * len(self):
-                    raise InputError(f"{len(self.broken)} of {len(self)} training pictures cannot be used, the last: {e}") from None
+                self.skip(i % len(self), self.broken, e)
+                if (found := int(self.broken.sum())) > 0.01 * len(self):
+                    raise InputError(f"{found} of {len(self)} training pictures cannot be used, the last: {e}") from None
                 continue
             if fits(image.shape[1], image.shape[0], self.task):
                 return image
             e = f"{path} is {image.shape[1]} x {image.shape[0]}, smaller than the {self.task.image_size} pixels of {self.task.name}"
-            self.skip(path, self.small, e)
+            self.skip(i % len(self), self.small, e)
             if i - index >= len(self):
                 raise InputError(f"no training picture is large enough, the last: {e}")
 
-    def skip(self, path, others, why):
-        if path not in others and len(others) < 10:  # of the rest, of which there may be a million, no line each
+    def skip(self, index, others, why):
+        if not others[index] and others.sum() < 10:  # of the rest, of which there may be a million, no line each
             print(f"skipped: {why}", file=sys.stderr)
-        others.add(path)
+        others[index] = True
 
     def __getitem__(self, key):
         index, n = key
@@ -256,7 +274,17 @@ def training_batches(paths, task, seed, batch_size, start, rank, world, num_work
     order = Order(len(paths), seed, start, rank, world)
     return iter(torch.utils.data.DataLoader(
         Pictures(paths, task, seed), batch_size, sampler=order, num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0))
+        pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0, worker_init_fn=ignore_signals))
+
+
+# What asks a training for a last save: the scheduler's end of time, Ctrl-C, a terminal that closes, Slurm's --signal=USR1.
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+def ignore_signals(worker):
+    """A process that loads ignores the signals that are sent to all of a training's processes: it ends with the one it loads for."""
+    for s in STOPPING:
+        signal.signal(s, signal.SIG_IGN)
 
 
 def validation_pictures(paths, task, count):

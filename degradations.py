@@ -1,5 +1,6 @@
 """What was done to a picture before one has it: H, the measurement, and H^T, the way back to full size.
 
+    python degradations.py --strength 1 assets/cat.png -o draws.png    # nine accidents of one photograph, to look at
     x_lr = degrade(x_1, task, seeds)      # x_lr = H^T(H(x_1) + n), (B, 3, H, W) in [-1, 1], every draw of a picture from its seed
 
 H is "bicubic", "avgpool", or "real": what happens to pictures in the world, as Real-ESRGAN guesses it (Wang et al. 2021),
@@ -12,8 +13,10 @@ with the settings of ResShift (Yue et al. 2023), which are the paper's Tables 4 
 A strength in [0, 1] scales all of it: 1 is as published, 0 is bicubic reduction to 8 bits and nothing else. What is drawn,
 a few dozen numbers a picture, is drawn by `draw`; what is done with them, pixel by pixel, follows below it in that order.
 """
+import argparse
 import functools
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -256,202 +259,187 @@ def unsharp_kernel(amount, sigma, size=9):
 
 
 # --- what is done, on batches of pictures of different sizes ---
-# A batch is x (B, 3, H, W) in [0, 1] with sizes [(h, w)]: picture i is x[i, :, :h, :w], the rest of its canvas means nothing.
+# A batch is x (B, 3, H, W) in [0, 1] with sizes (B, 2): picture b is x[b, :, :h, :w], the rest of its canvas means nothing. The
+# arithmetic is in kernels/: reference.py defines it, so that every machine and every batch gives the same bits.
 
 
 def real(x_1, seeds, scale, strength=-1.0):
     """The picture after all that happened to it: x_1 (B, 3, H, W) in [-1, 1] -> (B, 3, H/scale, W/scale), of values n / 127.5 - 1.
 
-    seeds (B,) int64; strength as `draw`'s. On a CPU each picture is worked on alone, at its own sizes; elsewhere all
-    together, on canvases of the largest size.
+    seeds (B,) int64; strength as `draw`'s. H and W are multiples of scale.
     """
     harms = [draw(numbers, strength) for numbers in uniforms(seeds, 100)]
-    x, size = x_1.float() * 0.5 + 0.5, 1 if x_1.device.type == "cpu" else len(x_1)
-    parts = [slice(i, i + size) for i in range(0, len(x), size)]
-    y = torch.cat([harm(x[p], seeds[p], harms[p], scale) for p in parts])
+    x, size = x_1.float() * 0.5 + 0.5, 1 if x_1.device.type == "cpu" else len(x_1)  # one picture stays in a CPU's cache
+    y = torch.cat([harm(x[i : i + size], seeds[i : i + size], harms[i : i + size], scale) for i in range(0, len(x), size)])
+    untouched = [i for i, h in enumerate(harms) if h.strength == 0]
+    if untouched:
+        y[untouched] = H(x_1[untouched].float(), "bicubic", scale) * 0.5 + 0.5
     return to_float((y.clamp(0, 1) * 255).round())
 
 
 def harm(x, seeds, harms, scale):
     """The pipeline: x (B, 3, H, W) in [0, 1], seeds (B,), a Harm each -> (B, 3, H/scale, W/scale), neither clamped nor rounded."""
-    final = (x.shape[2] // scale, x.shape[3] // scale)
-    whole, nothing = x, Damage()
-    sizes = [tuple(x.shape[2:])] * len(x)
+    if x.shape[2] % scale or x.shape[3] % scale:
+        raise ValueError(f"{x.shape[2]} x {x.shape[3]} is not a multiple of the scale {scale}")
+    nothing, final = Damage(), (x.shape[2] // scale, x.shape[3] // scale)
+    sizes = torch.tensor([x.shape[2:]] * len(x))
+
     first = [h.rounds[0] if h.rounds else nothing for h in harms]
     x = blur(x, sizes, [d.kernel for d in first])
     x, sizes = resize(x, sizes, [d.ratio for d in first], [d.method for d in first])
-    x = add(x, noise(x, sizes, first, seeds, NOISES[0]))
+    x = add_noise(x, sizes, first, seeds, NOISES[0])
     x = jpeg(x, sizes, [h.quality for h in harms])
 
     second = [h.rounds[1] if len(h.rounds) > 1 else None for h in harms]
     if any(second):
-        targets = [[max(1, int(f * d.ratio)) for f in final] if d else size for d, size in zip(second, sizes)]
+        targets = [[max(1, int(f * d.ratio)) for f in final] if d else 1.0 for d in second]
         second = [d or nothing for d in second]
         x = blur(x, sizes, [d.kernel for d in second])
         x, sizes = resize(x, sizes, targets, [d.method for d in second])
-        x = add(x, noise(x, sizes, second, seeds, NOISES[1]))
+        x = add_noise(x, sizes, second, seeds, NOISES[1])
 
     x = jpeg(x, sizes, [None if h.jpeg_last else h.last_quality for h in harms])
     x, sizes = resize(x, sizes, [final] * len(x), [h.method for h in harms])
     x = blur(x, sizes, [h.kernel for h in harms])
-    x = jpeg(x, sizes, [h.last_quality if h.jpeg_last else None for h in harms])
-    untouched = [i for i, h in enumerate(harms) if h.strength == 0]
-    if untouched:
-        x[untouched] = H(whole[untouched], "bicubic", scale)
-    return x
+    return jpeg(x, sizes, [h.last_quality if h.jpeg_last else None for h in harms])
 
 
 def blur(x, sizes, filters):
-    """Each picture filtered by its own kernel (k, k), k odd, all channels alike, reflected at its edges; None leaves it as it is.
-
-    The kernels differ, so pictures are the groups of one convolution and colours its batch. Sixteen neighbouring pixels of
-    the result are its channels, which is where libraries are fast: on a CPU 3 to 10 times faster than a group a channel.
-    """
+    """Each picture filtered by its own kernel (k, k), k odd, reflected at its edges; None leaves it as it is."""
     if not any(f is not None for f in filters):
         return x
-    B, _, H, W = x.shape
-    side, n = max(len(f) for f in filters if f is not None), 16
-    r, columns = side // 2, -(-W // n) * n
-    weight = np.zeros((B, n, side, side + n - 1), np.float32)
-    for k, f in zip(weight, filters):
+    side = max(len(f) for f in filters if f is not None)
+    all_filters = np.zeros((len(x), side, side), np.float32)
+    for padded, f in zip(all_filters, filters):
         f = np.ones((1, 1)) if f is None else f
-        margin = r - len(f) // 2
-        for i in range(n):
-            k[i, margin : margin + len(f), margin + i : margin + i + len(f)] = f
-    rows, cols = (torch.stack([reflected(size[d], r, length) for size in sizes]).to(x.device) for d, length in ((0, H), (1, columns)))
-    wide = x.transpose(0, 1)[:, torch.arange(B, device=x.device)[:, None, None], rows[:, :, None], cols[:, None, :]]  # (3, B, H + 2r, ...)
-    y = F.conv2d(wide, torch.from_numpy(weight).to(x.device).flatten(0, 1)[:, None], stride=(1, n), groups=B)  # (3, B n, H, W / n)
-    return y.unflatten(1, (B, n)).permute(1, 0, 3, 4, 2).flatten(3)[..., :W]
+        margin = (side - len(f)) // 2
+        padded[margin : side - margin, margin : side - margin] = f
+    return kernels.filter2d(x, sizes, torch.from_numpy(all_filters).to(x.device))
 
 
-def reflected(n, r, length):
-    """Where the pixels -r to length + r - 1 of a row of n pixels come from, reflected at its ends without repeating them: int64."""
-    i = torch.arange(-r, length + r) % max(1, 2 * n - 2)
-    return torch.where(i < n, i, 2 * n - 2 - i)
-
-
-def resize(x, sizes, targets, methods):
-    """Each picture resized by its own method to a size (h, w) or by a ratio: (x, sizes), on a canvas of the largest."""
-    done = []
-    for picture, (h, w), target, method in zip(x, sizes, targets, methods):
-        picture = picture[None, :, :h, :w]
-        if target == 1 or target == (h, w):
-            done.append(picture)
-        elif method == "antialiased":
-            done.append(F.interpolate(picture, size=target, mode="bicubic", antialias=True))
-        else:
-            how = {"size": tuple(target)} if not isinstance(target, float) else {"scale_factor": max(target, 1 / h, 1 / w)}
-            done.append(F.interpolate(picture, mode=method, **how))
-    sizes = [tuple(p.shape[2:]) for p in done]
-    if len(done) == 1:
-        return done[0], sizes
-    H, W = (max(size) for size in zip(*sizes))
-    return torch.cat([F.pad(p, (0, W - p.shape[3], 0, H - p.shape[2])) for p in done]), sizes
-
-
-def inside(sizes, x):
-    """Where the canvases (B, ., H, W) hold picture: bool (B, 1, H, W)."""
-    h, w = torch.tensor(sizes, device=x.device).view(-1, 1, 1, 2).unbind(-1)
-    rows, cols = (torch.arange(n, device=x.device) for n in x.shape[2:])
-    return ((rows < h)[..., None] & (cols < w)[:, :, None])
-
-
-def per_picture(values, x):
-    return torch.tensor(values, device=x.device).view(-1, 1, 1, 1)
-
-
-def noise(x, sizes, damages, seeds, stream):
-    """The noise of each picture, Gaussian or Poisson, in colour or in gray: (B, 3, H, W) to add to x; None where there is none at all.
-
-    Poisson: a pixel of value v counts k photons where v N were expected, and becomes v + noise (k / N - v), for the 8-bit v
-    of the picture and N its number of different v, rounded up to a power of 2. k is the Poisson quantile of the
-    probability at which the normal draw z stands: so both noises come from z, which is the same on any machine.
-    """
+def add_noise(x, sizes, damages, seeds, stream):
+    """Each picture with the noise that its Damage says, clamped to [0, 1]."""
     if not any(d.noise for d in damages):
-        return None
-    z = kernels.normal(seeds, x.shape, stream)
-    gray, amount = per_picture([d.gray for d in damages], x), per_picture([float(d.noise) for d in damages], x).float()
-    z = torch.where(gray, z[:, :1], z)
-    n = amount * z
-    counted = [i for i, d in enumerate(damages) if not d.gaussian and d.noise]
-    if counted:
-        v = x[counted]
-        luma = (v * v.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-        level = (torch.where(gray[counted], luma, v).clamp(0, 1) * 255).round().long()
-        for i, values in zip(counted, level):
-            h, w = sizes[i]
-            N = 1 << (values[:, :h, :w].unique().numel() - 1).bit_length()
-            k = poisson(values, N, z[i])
-            n[i] = damages[i].noise * (k / N - values / 255)
-    return n
-
-
-def add(x, n):
-    return x if n is None else (x + n).clamp(0, 1)
-
-
-BINS, REACH = 4096, 6  # normal draws from -6 to 6 fall into so many bins
+        return x
+    amount, gaussian, gray = (torch.tensor([getattr(d, name) for d in damages]) for name in ("noise", "gaussian", "gray"))
+    return kernels.photon_noise(x, sizes, amount.float(), gaussian, gray, poisson_quantiles(), seeds, stream)
 
 
 @functools.lru_cache
-def poisson_quantiles(N, device):
-    """(256, BINS) float32: of the level v of 255, at the middle z of a bin, the smallest k with P(Poisson(v N / 255) <= k) >= Phi(z)."""
-    z = (np.arange(BINS) + 0.5) * (2 * REACH / BINS) - REACH
-    k = np.arange(int(N + 8 * N**0.5 + 20))
-    below = special.pdtr(k, np.arange(256)[:, None] * N / 255)  # (256, K)
-    table = np.stack([np.searchsorted(row, special.ndtr(z)) for row in below])
-    return torch.from_numpy(table.astype(np.float32)).flatten().to(device)
+def poisson_quantiles(bins=4096):
+    """(9, 256, bins) int16: for N = 2^n, the level v of 255 and the middle z of a bin of [-6, 6], the smallest k with P(Poisson(v N / 255) <= k) >= Phi(z).
 
-
-def poisson(level, N, z):
-    """Photons counted where level N / 255 are expected: level int64 0 to 255, z standard normal, of shapes that broadcast -> float32."""
-    bins = ((z + REACH) * (BINS / (2 * REACH))).long().clamp(0, BINS - 1)
-    return poisson_quantiles(N, level.device)[level * BINS + bins]
-
-
-# --- JPEG, without the files: what they lose is lost in the rounding of 8 x 8 cosine transforms ---
-
-_u, _x = np.mgrid[:8, :8]
-DCT = torch.from_numpy(np.where(_u, 0.5, 8**-0.5) * np.cos((2 * _x + 1) * _u * np.pi / 16)).float()  # D X D^T: the transform
-LUMA = torch.tensor([[16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55], [14, 13, 16, 24, 40, 57, 69, 56],
-                     [14, 17, 22, 29, 51, 87, 80, 62], [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92],
-                     [49, 64, 78, 87, 103, 121, 120, 101], [72, 92, 95, 98, 112, 100, 103, 99]], dtype=torch.float32)
-CHROMA = torch.full((8, 8), 99.0)
-CHROMA[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]], dtype=torch.float32)
-YCC = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-RGB = torch.tensor([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]])
+    Drawing photons by a table of normal draws makes them, too, the same on any machine; a bin holds at most .0012 of the probability.
+    """
+    at = special.ndtr((np.arange(bins) + 0.5) * (12 / bins) - 6)
+    tables = []
+    for N in 2 ** np.arange(9):
+        k = np.arange(int(N + 8 * N**0.5 + 20))
+        below = special.pdtr(k, np.arange(256)[:, None] * N / 255)  # (256, K)
+        first = np.searchsorted(at, below, side="right")  # the first bin that lies above k
+        steps = np.zeros((256, bins + 1), np.int16)
+        np.add.at(steps, (np.arange(256)[:, None], first), 1)
+        tables.append(steps[:, :bins].cumsum(1, dtype=np.int16))
+    return torch.from_numpy(np.stack(tables))
 
 
 def jpeg(x, sizes, qualities):
-    """What JPEG leaves of each picture at its own quality (1 to 99, not only whole numbers; None: no JPEG), in [0, 1].
-
-    As the published pipeline computes it: colour at half the resolution, tables neither rounded nor limited to 255, the one for
-    luma transposed (in a file the 11 of [16, 11, ...] is the horizontal frequency's).
-    """
-    chosen = [i for i, q in enumerate(qualities) if q is not None]
-    if not chosen:
+    """What JPEG leaves of each picture at its own quality (1 to 99, not only whole numbers; None: no JPEG)."""
+    if not any(qualities):
         return x
-    factor = per_picture([(50 / q if q < 50 else 2 - q / 50) for q in (qualities[i] for i in chosen)], x).float()
-    H, W = x.shape[2:]
-    part = x[chosen].clamp(0, 1) * inside([sizes[i] for i in chosen], x)
-    ycc = F.pad(part * 255, (0, -W % 16, 0, -H % 16))  # black beyond the edges
-    ycc = torch.einsum("dc,bchw->bdhw", YCC.to(x.device), ycc)
-    y = quantise(ycc[:, :1] - 128, LUMA.T.to(x.device) * factor) + 128
-    c = quantise(F.avg_pool2d(ycc[:, 1:], 2), CHROMA.to(x.device) * factor)
-    ycc = torch.cat([y, c.repeat_interleave(2, 2).repeat_interleave(2, 3)], dim=1)
-    rgb = torch.einsum("dc,bchw->bdhw", RGB.to(x.device), ycc)[..., :H, :W].clamp(0, 255) / 255
-    if len(chosen) == len(x):
-        return rgb
-    x = x.clone()
-    x[chosen] = rgb
-    return x
+    factors = [0.0 if q is None else 50 / q if q < 50 else 2 - q / 50 for q in qualities]
+    return kernels.jpeg(x, sizes, torch.tensor(factors, dtype=torch.float32))
 
 
-def quantise(planes, table):
-    """Planes (B, C, H, W) of multiples of 8, through the cosine transform of their 8 x 8 blocks, rounded to multiples of table (B, 1, 8, 8), and back."""
-    B, C, H, W = planes.shape
-    D, table = DCT.to(planes.device), table.view(B, 1, 1, 8, 1, 8)
-    rows = D @ planes.reshape(B, C, H // 8, 8, W)
-    coefficients = (rows.view(B, C, H // 8, 8, W // 8, 8) @ D.T / table).round() * table
-    rows = D.T @ (coefficients @ D).view(B, C, H // 8, 8, W)
-    return rows.view(B, C, H, W)
+# --- resizing: each new pixel is a sum of a few old ones ---
+
+
+def resize(x, sizes, targets, methods):
+    """Each picture resized by its own method to a size (h, w), or by a ratio: (x, sizes), on a canvas of the largest."""
+    if all(target == 1 for target in targets):
+        return x, sizes
+    rows, cols, new = [], [], []
+    for (h, w), target, method in zip(sizes.tolist(), targets, methods):
+        ratio = target if isinstance(target, float) else None
+        to = [max(1, int(n * ratio)) for n in (h, w)] if ratio else target
+        new.append(to)
+        rows.append(taps(method, h, to[0], ratio))
+        cols.append(taps(method, w, to[1], ratio))
+    return kernels.resample(x, *(t.to(x.device) for t in (*stack_taps(rows), *stack_taps(cols)))), torch.tensor(new)
+
+
+@functools.lru_cache(64)  # of a square picture, rows and columns are alike
+def taps(method, n, m, ratio=None):
+    """Of which pixels of a row of n the m new ones are made, as PyTorch's interpolate has it: (indices (m, T) int64, weights (m, T) float32).
+
+    A ratio that was asked for, not m / n, spaces the new pixels; PyTorch's positions are in float32, and so are these.
+    """
+    i = np.arange(m)
+    if n == m and ratio in (None, 1):
+        return i[:, None], np.ones((m, 1), np.float32)
+    if method == "area":
+        start, end = i * n // m, -((i + 1) * -n // m)
+        index = start[:, None] + np.arange((end - start).max())
+        weights = (index < end[:, None]) / (end - start)[:, None]
+        return np.minimum(index, n - 1), weights.astype(np.float32)
+    if method == "antialiased":
+        step = max(n / m, 1)
+        index = np.floor((i + 0.5) * n / m - 2 * step)[:, None].astype(int) + np.arange(int(4 * step) + 2)
+        d = np.abs(index + 0.5 - (i + 0.5)[:, None] * n / m) / step
+        weights = np.where((index >= 0) & (index < n), cubic(d, -0.5), 0)
+        return index.clip(0, n - 1), (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    step, half = np.float32(1 / ratio if ratio else n / m), np.float32(0.5)
+    at = step * (i.astype(np.float32) + half) - half
+    if method == "bilinear":
+        at = np.maximum(at, 0)
+    base = np.floor(at)
+    t = (at - base)[:, None].astype(np.float64)
+    if method == "bilinear":
+        offsets, weights = np.array([0, 1]), np.hstack([1 - t, t])
+    else:
+        offsets, weights = np.array([-1, 0, 1, 2]), cubic(np.hstack([t + 1, t, 1 - t, 2 - t]), -0.75)
+    return (base[:, None].astype(int) + offsets).clip(0, n - 1), weights.astype(np.float32)
+
+
+def cubic(d, a):
+    """Keys' cubic kernel at the distance d >= 0 in pixels: 0 from 2 on."""
+    return np.where(d < 1, ((a + 2) * d - (a + 3)) * d * d + 1, np.where(d < 2, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a, 0))
+
+
+def stack_taps(parts):
+    """Several pictures' taps as tensors (B, m, T), filled up with weights of 0."""
+    shape = (len(parts), *(max(index.shape[d] for index, _ in parts) for d in (0, 1)))
+    indices, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
+    for b, (index, weight) in enumerate(parts):
+        indices[b, : index.shape[0], : index.shape[1]] = index
+        weights[b, : index.shape[0], : index.shape[1]] = weight
+    return torch.from_numpy(indices), torch.from_numpy(weights)
+
+
+# --- to look at ---
+
+
+def main(argv=None):
+    from console import in_range
+    from pictures import read_image, write_picture
+    p = argparse.ArgumentParser(description="Nine accidents of one photograph, side by side, 4 times smaller.", allow_abbrev=False)
+    p.add_argument("picture", help="a photograph")
+    p.add_argument("-o", "--output", default="draws.png", help="where to write (default: draws.png)")
+    p.add_argument("--strength", type=in_range(float, 0, 1), default=1.0, help="0: bicubic reduction alone; 1: as published (default)")
+    p.add_argument("--seed", type=in_range(int, 0, 2**62), default=0, help="of the first of the nine (default: 0)")
+    p.add_argument("--zoom", type=in_range(int, 1, 16), default=2, help="repeat each pixel so often (default: 2)")
+    args = p.parse_args(argv)
+    image = read_image(args.picture)
+    h, w = (n - n % 4 for n in image.shape[:2])
+    x_1 = to_float(torch.from_numpy(image[:h, :w].copy()).permute(2, 0, 1))
+    y = real(x_1.expand(9, -1, -1, -1), torch.arange(args.seed, args.seed + 9), 4, args.strength)
+    rows = [torch.cat(list(y[i : i + 3]), dim=2) for i in (0, 3, 6)]
+    sheet = kernels.to_uint8(torch.cat(rows, dim=1)[None])[0].numpy()
+    write_picture(args.output, sheet.repeat(args.zoom, 0).repeat(args.zoom, 1))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"degradations.py: {e}")

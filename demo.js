@@ -123,6 +123,8 @@ async function ask(t, ahead) {  // the picture at t; false where it was put off,
     return false;
   }
   results.set(t, await bitmap(answer.url));
+  const room = Math.max(7, 5e8 / (4 * session.width * session.height / session.shown ** 2));
+  for (const old of [...results.keys()]) if (results.size > room && !AHEAD.includes(old) && old !== t) results.delete(old);
   seconds = (performance.now() - start) / 1000;
   message = "";
   refresh();

@@ -9,6 +9,7 @@ folder of its own that is gone when the program ends. demo.js is the part of it 
 import atexit
 import base64
 import functools
+import importlib.util
 import io
 import math
 import os
@@ -29,8 +30,9 @@ import numpy as np
 from PIL import Image
 
 import sample
+from colour import rgb8
 from console import InputError, Parser, in_range
-from pictures import EXTENSIONS, open_writer, read_picture, rgb8
+from pictures import EXTENSIONS, open_writer, read_picture
 
 ROOT = Path(__file__).parent
 FLOW = ROOT / "weights" / "photos_x4_flow.safetensors"
@@ -38,6 +40,7 @@ EXAMPLES = [ROOT / "assets" / name for name in ("astronaut.png", "cat.png", "cof
 NETWORKS = {"student: one step": (sample.WEIGHTS, {}), "flow: 8 steps of midpoint": (FLOW, dict(solver="midpoint", steps=8))}
 MOST_PIXELS = 13_000_000  # of an input: a camera's 4000 x 3000
 MOST_BYTES = 100_000_000
+KEPT = 300_000_000  # bytes of seen results of one picture, in memory
 SHOWN = 16_000_000  # pixels of a result that a browser is given; a larger one is shown reduced
 
 
@@ -167,7 +170,10 @@ def picture(opened, t, ahead=False):
     with TURNS.turn(opened, lambda: not ahead and opened.asked != mine, ahead):
         if t not in opened.seen:
             opened.seen[t] = data_url(small(opened, t) if size_of(opened)[2] > 1 else np.concatenate([rgb8(rows) for rows in restored(opened, t)]))
-    return opened.seen[t]
+        shown = opened.seen[t]
+        while len(opened.seen) > 1 and sum(map(len, opened.seen.values())) > KEPT:
+            del opened.seen[next(iter(opened.seen))]  # the oldest
+    return shown
 
 
 def small(opened, t):
@@ -180,7 +186,9 @@ def small(opened, t):
             whole = len(kept) // factor * factor
             shown.append(rgb8(reduced(kept[:whole], factor)))
             kept = kept[whole:]
-    opened.files[t] = path
+    for old in opened.files.values():  # hundreds of megabytes each: the last one is kept
+        old.unlink(missing_ok=True)
+    opened.files = {t: path}
     return np.concatenate(shown)
 
 
@@ -262,8 +270,7 @@ def checked(t):
 
 
 def open_picture(path, network, seed, tab, folder):
-    """What the page's picture is told of a file: its id, sizes and the picture itself. Raises InputError."""
-    close(tab)
+    """Open a file in a tab, in place of what it had open: its id, sizes and the picture itself, for the browser. Raises InputError."""
     if path is None:
         return None
     name = Path(path).name
@@ -273,6 +280,7 @@ def open_picture(path, network, seed, tab, folder):
         picture = read_picture(path, MOST_PIXELS)
     except InputError as e:
         raise InputError(str(e).replace(str(path), name).replace("if you trust it, raise --max_pixels (max_pixels in Python)", "sample.py takes larger ones")) from None
+    close(tab)
     opened = Opened(name, picture, network, int(seed), folder / "results" / secrets.token_urlsafe(16), tab)
     PAGES[opened.id] = opened
     height, width, factor = size_of(opened)
@@ -294,9 +302,6 @@ def build(folder):
     """The page (gradio.Blocks). folder: what it may write into."""
     import gradio as gr
 
-    def chosen_example(event: gr.SelectData):
-        return str(EXAMPLES[event.index])
-
     def dropped(event: gr.EventData):
         path = Path(event.path).resolve()
         return str(path) if path.is_relative_to(folder.resolve()) else None  # the browser names it: only what it has sent
@@ -316,15 +321,16 @@ def build(folder):
             with gr.Column(scale=1, min_width=260):
                 gr.Markdown("## OFTSR\nA picture 4 times larger, and a dial: **faithful** invents nothing, **realistic** draws what may have been there.")
                 upload = gr.UploadButton("Choose a picture", variant="primary", file_types=sorted(EXTENSIONS), elem_id="upload")
-                examples = gr.Gallery([str(p) for p in EXAMPLES], show_label=False, columns=3, height="auto", object_fit="cover", allow_preview=False,
-                                      interactive=False, elem_id="examples", buttons=[])
+                with gr.Row():
+                    examples = [(gr.Button(p.stem, icon=str(p), size="sm", min_width=70), p) for p in EXAMPLES]
                 network = gr.Radio(list(NETWORKS), value=next(iter(NETWORKS)), label="Network", elem_id="network")
                 seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, elem_id="seed")
             with gr.Column(scale=4, min_width=500):
                 viewer = gr.HTML(html_template=(ROOT / "demo.html").read_text(), js_on_load=(ROOT / "demo.js").read_text(), elem_id="viewer",
                                  server_functions=[show, download, progress, cancel])
         upload.upload(lambda file: file, upload, path)
-        examples.select(chosen_example, None, path)
+        for button, example in examples:
+            button.click(lambda example=str(example): example, None, path)
         viewer.dropped(dropped, None, path)
         gr.on([path.change, network.change, seed.submit, seed.blur], opening, [path, network, seed], viewer, show_progress="hidden")
         page.load(lambda: str(EXAMPLES[0]), None, path)
@@ -337,15 +343,14 @@ def main(argv=None):
     p.add_argument("--port", type=in_range(int, 0, 65535), help="of the page (default: the first free one from 7860 on)")
     p.add_argument("--no_browser", action="store_true", help="open no browser: the page's address is printed")
     args = p.parse_args(argv)
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("the page needs gradio: pip install -e '.[demo]'")
     folder = Path(tempfile.mkdtemp(prefix="oftsr-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then, too
     os.environ.update(GRADIO_TEMP_DIR=str(folder / "gradio"), GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
     (folder / "results").mkdir()
-    try:
-        import gradio as gr
-    except ImportError:
-        raise InputError("the page needs gradio: pip install -e '.[demo]'") from None
+    import gradio as gr
     for name in NETWORKS:
         load(name)
     page = build(folder)

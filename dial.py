@@ -11,7 +11,8 @@ from PIL import Image
 
 from console import InputError
 from degradations import H, H_T
-from pictures import from_pil, read_picture, resized, rgb8
+from colour import resized, rgb8
+from pictures import from_pil, read_picture
 
 NODES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

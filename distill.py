@@ -26,14 +26,13 @@ import data
 import kernels
 import teachers
 import training
+from checkpoints import file_sha256, load_checkpoint
 from console import InputError, in_range
 from degradations import degrade
-from evaluate import validate
 from flow import RK2_NODES, integrate, mean_slope, one_step
 from metrics import load_lpips
-from model import build, load_checkpoint, load_model, network_config
+from model import build, load_model, network_config
 from perceptual import Critic, add_perceptual_flags, critic_loss, perceptual_losses
-from pictures import write_picture
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 
@@ -53,9 +52,10 @@ def parse_args(argv):
     p.add_argument("--t_min", type=in_range(float, -1, 1), default=0.01, help="t is uniform from here; below 0, a step begins at 0 and is shorter, so that s covers (0, dt) too")
     p.add_argument("--t_max", type=in_range(float, 0, 1), default=0.99, help="to here; with 1 - dt, no step is cut short at 1")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_distill; for --loss perceptual out/DATASET_perceptual)")
-    p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
+    p.add_argument("--init_from", help="teacher, resume (out_dir/ckpt.pt, exactly), auto (resume where there is something to resume, else the default), or a file of weights to start from (default: teacher; for --loss perceptual the newest student under out/)")
     add_perceptual_flags(p)
     training.add_training_flags(p)
+    p.add_argument("--keep_best", choices=("psnr_t0", "psnr_t0.5", "psnr_t1", "lpips_t0", "lpips_t0.5", "lpips_t1"), help="keep the checkpoint whose validation was best by this, as ckpt_best.pt")
     args = p.parse_args(argv)
     if args.t_min > args.t_max:
         p.error(f"--t_min {args.t_min} is above --t_max {args.t_max}")
@@ -181,13 +181,13 @@ def load_teacher(args, out_dir):
     one it gets the row's network without weights.
     """
     if args.init_from == "resume" and args.teacher is None:
-        before = load_checkpoint(out_dir / "ckpt.pt").get("args", {})
+        before = training.open_checkpoint(out_dir)[0].get("args", {})
         for key in ("teacher", "autoencoder", "chain", "lora", "guidance"):
             setattr(args, key, before.get(key, getattr(args, key)))
     args.teacher = args.teacher or newest(args.dataset, "flow", args.dry_run)
     if args.teacher and teachers.names_family(args.teacher):
         teacher, meta = teachers.load_teacher(args.teacher, args)
-        return teacher, data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None), meta
+        return teacher, data.resolve_task(args, data.saved_task(meta["task"], args.teacher) if meta["task"] else None), meta
     if training.absent(args, args.teacher):
         task = data.resolve_task(args)
         with torch.device("meta"):
@@ -197,7 +197,7 @@ def load_teacher(args, out_dir):
         raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
     if meta["task"] and meta["task"]["name"] != args.dataset:
         raise InputError(f"{args.teacher} was trained for {meta['task']['name']}: say --dataset {meta['task']['name']}")
-    task = data.resolve_task(args, data.Task(**meta["task"]) if meta["task"] else None)
+    task = data.resolve_task(args, data.saved_task(meta["task"], args.teacher) if meta["task"] else None)
     if (meta["task"] or {}).get("model", task.model) != task.model:
         raise InputError(f"{args.teacher} holds the network {meta['task']['model']!r}, not {task.model!r}: its student is the same")
     if teacher.precond and teacher.precond["sigma_p"] != task.sigma_p:
@@ -221,6 +221,7 @@ def main(argv=None):
     args = parse_args(argv)
     perceptual = args.objective == "perceptual"
     out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
+    training.resolve_auto(args, out_dir, None)
     teacher, task, teacher_meta = load_teacher(args, out_dir)
     if args.solver == "heun" and teacher.t_last < 1:
         raise InputError("heun asks at the step's end too, which this teacher was not trained at when that is 1: euler, midpoint or ralston")
@@ -232,7 +233,7 @@ def main(argv=None):
 
     # --- processes and device ---
     run = training.begin("distill", task, args, out_dir)
-    run.settings["teacher_step"] = teacher_meta["step"]
+    run.settings.update(teacher_step=teacher_meta["step"], teacher_sha256=file_sha256(args.teacher))
 
     # --- data ---
     checkpoint = training.find_checkpoint(run)
@@ -243,21 +244,24 @@ def main(argv=None):
     training.announce(run, model, train_paths, val_paths)
     if args.dry_run:
         return
+    if checkpoint:
+        model.load_state_dict(checkpoint["params"])
     teacher.to(run.device)
     model.to(run.device, memory_format=torch.channels_last)
     critic = Critic(teacher.feature_channels).to(run.device, memory_format=torch.channels_last) if perceptual else None
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    training.spare_memory(model, run)
     state = training.first_state(run, model, critic)
     if checkpoint:
         training.restore(run, state, checkpoint)
-    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    training.open_folder(run, state)
     net = training.parallel(torch.compile(model) if args.compile else model, run)
     judge = training.parallel(critic, run) if perceptual else None
 
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
+    training.check_best(run, lpips)
     val = data.validation_pictures(val_paths, task, args.eval_pictures) if run.master else None
-    if run.master:
-        training.rewind_log(run.out_dir / "log.jsonl", state.step)
 
     def predict(x_lr, seeds):  # with the averaged weights, along the dial; and the teacher in a few steps
         with run.autocast():
@@ -270,67 +274,65 @@ def main(argv=None):
         {"distill": 1, "align": args.lambda_align, "bc": args.lambda_bc}  # and their weights, Eq. (12); the critic's loss is its own
     lambdas = torch.tensor([*parts.values()], dtype=torch.float32, device=run.device)
     signals, stop = training.Signals(), 0  # stop: the signal that all processes have agreed to stop for
-    batches = training.batches(run, train_paths, state.step)
+    batches = training.batches(run, train_paths, state.seen)
     meter = training.Meter(run, (len(parts) + 1,), state.step)  # the losses and the count
     bar = tqdm(total=args.max_iters, initial=state.step, disable=None if run.master else True, unit="step")
-    saved = state.step  # the step that ckpt.pt holds
-    while True:
-        if state.step > saved and (state.step % args.eval_interval == 0 or state.step >= args.max_iters or stop):
-            if run.master and not stop:
-                state.ema.copy_to(ema_model)
-                state.scores, grid = validate(predict, val, task, lpips, run.device)
-                training.log(run, dict(step=state.step, **state.scores))
-                write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
-            if run.master:
-                training.save(run, state)
-                if args.always_save_checkpoint:
-                    training.save(run, state, f"ckpt_{state.step:07d}.pt")
-            saved = state.step
-            meter.restart_clock(state.step)
-        if state.step >= args.max_iters or stop:
-            break
+    with training.last_save(run, state):
+        while True:
+            due = state.step % args.eval_interval == 0 or state.step >= args.max_iters
+            if state.step and (due or stop):
+                if state.step > state.saved:
+                    training.check(run, state, meter, train_paths)
+                    training.save(run, state)
+                if not stop:
+                    state.ema.copy_to(ema_model)
+                if run.master and state.step > state.validated and not stop:
+                    training.validate(run, state, predict, val, lpips, signals)
+                stop = stop or signals.agreed(run)
+                meter.restart_clock(state.step)
+            if state.step >= args.max_iters or stop:
+                break
 
-        training.before_update(run, state)
-        for micro in range(args.gradient_accumulation_steps):
-            x_1, n, seeds, t = training.next_batch(run, batches)
-            x_lr = degrade(x_1, task, seeds)
-            with run.autocast():
-                x_in = teacher.start(teacher.to_latents(x_lr), task.sigma_p, seeds)
-            last = micro == args.gradient_accumulation_steps - 1
-            for module in (net, judge):
-                training.exchange_gradients(module, last)
-            with run.autocast():
-                if perceptual:
-                    z_in = kernels.noise_augment(x_lr, task.sigma_p, data.image_seeds(args.seed + 1, n).to(run.device))
-                    losses, seen, there = perceptual_losses(net, teacher, critic, x_1, x_in, z_in, args.look_min + (1 - args.look_min) * t, t)
-                    losses = torch.cat([losses, critic_loss(judge, seen, there)[None]])
-                elif args.in_turn:
-                    losses = backward_in_turn(net, teacher, x_in, *make_times(t, args, teacher.t_last), args, last)
-                else:
-                    losses = distillation_losses(net, teacher, x_in, *make_times(t, args, teacher.t_last), args.solver, args.objective, args.align_grad)
-                if not args.in_turn:
-                    ((losses * lambdas).sum() / args.gradient_accumulation_steps).backward()
-            meter.sums[:-1] += losses.detach()
-            meter.sums[-1] += 1
-        norm = training.update(run, state)
-        bar.update()
+            training.before_update(run, state)
+            for micro in range(args.gradient_accumulation_steps):
+                x_1, n, seeds, t = training.next_batch(run, batches)
+                x_lr = degrade(x_1, task, seeds)
+                with run.autocast():
+                    x_in = teacher.start(teacher.to_latents(x_lr), task.sigma_p, seeds)
+                last = micro == args.gradient_accumulation_steps - 1
+                for module in (net, judge):
+                    training.exchange_gradients(module, last)
+                with run.autocast():
+                    if perceptual:
+                        z_in = kernels.noise_augment(x_lr, task.sigma_p, data.image_seeds(args.seed + 1, n).to(run.device))
+                        losses, seen, there = perceptual_losses(net, teacher, critic, x_1, x_in, z_in, args.look_min + (1 - args.look_min) * t, t)
+                        losses = torch.cat([losses, critic_loss(judge, seen, there)[None]])
+                    elif args.in_turn:
+                        losses = backward_in_turn(net, teacher, x_in, *make_times(t, args, teacher.t_last), args, last)
+                    else:
+                        losses = distillation_losses(net, teacher, x_in, *make_times(t, args, teacher.t_last), args.solver, args.objective, args.align_grad)
+                    loss = (losses * lambdas).sum()
+                    if not args.in_turn:
+                        (loss / args.gradient_accumulation_steps).backward()
+                meter.add(loss)
+                meter.sums[:-1] += losses.detach()
+                meter.sums[-1] += 1
+            norm = training.update(run, state)
+            bar.update()
 
-        stop = signals.agreed(run)
-        if state.step % args.log_interval == 0:
-            sums, speed = meter.read(state.step)
-            means = dict(zip(parts, (sums[:-1] / sums[-1]).tolist()))
-            loss = sum(mean * parts[part] for part, mean in means.items() if part != "critic")
-            training.check_loss(run, state, loss)
-            training.log(run, dict(step=state.step, loss=loss, **means, grad_norm=norm.item(), lr=training.learning_rate(state.step - 1, args), images_per_s=speed))
-            bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
+            stop = signals.agreed(run)
+            if state.step % args.log_interval == 0:
+                training.check(run, state, meter, train_paths)
+                sums, speed = meter.read(state.step)
+                means = dict(zip(parts, (sums[:-1] / sums[-1]).tolist()))
+                loss = sum(mean * parts[part] for part, mean in means.items() if part != "critic")
+                training.log(run, dict(step=state.step, loss=loss, **means, grad_norm=norm.item(), lr=training.learning_rate(state.step - 1, args), images_per_s=speed))
+                bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
     bar.close()
-    if run.master and state.step >= args.max_iters:
+    if state.step >= args.max_iters:
         training.release(run, state, ema_model)
     training.end(run, state, stop)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:  # one from a loader's process comes wrapped in its traceback
-        sys.exit(f"distill.py: {str(e).splitlines()[-1].removeprefix('console.InputError: ')}")
+    training.program(main, "distill.py")

@@ -19,36 +19,33 @@ import argparse
 import functools
 import hashlib
 import importlib.util
-import json
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 import data
 import figures
-from console import InputError, Parser, Progress, atomic_write, in_range
-from degradations import H_T, H, degrade, observe, to_float
-from folders import note, trained_on
+from console import InputError, Parser, Progress, in_range
+from degradations import H_T, H, observe, to_float
+from folders import note
 from kernels import to_uint8
-from metrics import BACKBONES, FEW, HIGHER, METRICS, USUAL, Metrics, check_size, measure, measure_sets, pick_metrics, psnr_rgb
-from model import UNet, count_macs, keep_freed_memory, load_model, pick_device, pick_dtype
+from metrics import BACKBONES, FEW, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
+from model import UNet, keep_freed_memory, load_model, pick_device, pick_dtype
+from pairs import by_stem, clear, find_pairs, find_truth, load_truth
 from pictures import list_images, read_image, write_picture
+from report import describe, peak_memory, table_line, write_json
 from sample import SOLVERS, tile_size
 from tiles import check_tile, pick_tile, restore
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = (WEIGHTS / "photos_x4.safetensors", WEIGHTS / "photos_x4_flow.safetensors")
-MARK = "evaluation.json"  # in --out_dir: the folders there are of results
 
 
 # --- what to measure ---
@@ -96,7 +93,7 @@ def load_network(path, device, args):
         if meta["task"] and args.sigma_p is None:
             task = replace(task, sigma_p=meta["task"]["sigma_p"])  # the network's own: the rest is the data's
     elif meta["task"]:
-        task = measured_task(args, data.Task(**meta["task"]))
+        task = measured_task(args, data.saved_task(meta["task"], path))
     else:
         raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
     if not task.condition and task.sigma_p == 1:
@@ -125,14 +122,19 @@ def name_of(path, depth):
     return "_".join([*path.parts[:-1][len(path.parts) - 1 - depth:], path.stem])
 
 
-def check_networks(networks, args):
-    """Raises InputError when the networks cannot share a table, or a flag would be without effect."""
+def check_together(networks):
+    """Raises InputError when networks cannot be measured on the same low-resolution pictures."""
     for i, n in enumerate(networks):
         for other in networks[:i]:
             for cell in ("degradation", "strength", "scale", "sigma_n", "crop", "image_size"):
                 a, b = getattr(other.task, cell), getattr(n.task, cell)
                 if a != b and not (cell == "image_size" and n.task.crop == "random"):
                     raise InputError(f"{other.path} and {n.path} have different tasks ({cell} {a} and {b}): measure them apart, or give --{cell}")
+
+
+def check_networks(networks, args):
+    """Raises InputError when the networks cannot share a table, or a flag would be without effect."""
+    check_together(networks)
     stages = {n.stage for n in networks}
     if (args.solver or args.steps) and "flow" not in stages:
         raise InputError("--solver and --steps are for a stage-1 flow, and none is among the checkpoints")
@@ -200,6 +202,13 @@ def find_methods(methods, stems, complete, taken):
 
 
 # --- measuring ---
+
+
+def bicubic(x_lr, task):
+    """The row that betrays a wrong protocol: bicubic enlargement, (B, 3, H, W). But for avgpool x_lr is that already."""
+    if task.degradation != "avgpool":
+        return x_lr
+    return H_T(H(x_lr, task.degradation, task.scale), "bicubic", task.scale)  # H undoes the repetition exactly
 
 
 @dataclass
@@ -346,204 +355,6 @@ def tune(network, bench, args, progress, say):
     return list(lines.values()), f"{network.name}: --t {t:g} is {asked}: {name} {lines[t][name]:.{digits}f}"
 
 
-# --- pictures and pairs ---
-
-
-def by_stem(paths, folder):
-    """{path below folder without its ending: path}. Raises InputError where two pictures share one."""
-    found = {}
-    for p in paths:
-        stem = p.relative_to(folder).with_suffix("").as_posix()
-        if stem in found:
-            raise InputError(f"{found[stem]} and {p} differ only in their ending: which is meant?")
-        found[stem] = p
-    return found
-
-
-def find_pairs(restored, truth):
-    """The pictures of two folders, paired by stem: [(stem, path, path)]. Raises InputError that names one without a partner."""
-    a, b = (by_stem(list_images(folder), folder) for folder in (restored, truth))
-    for here, there, folder in ((a, b, truth), (b, a, restored)):
-        alone = [stem for stem in here if stem not in there]
-        if alone:
-            raise InputError(f"{here[alone[0]]} has no partner {alone[0]}.* in {folder} ({len(alone)} of {len(here)} have none)")
-    return [(stem, a[stem], b[stem]) for stem in a]
-
-
-def find_truth(task, data_dir, count, networks, trained_too):
-    """The true pictures: ({stem: path}, what they are in words).
-
-    A folder's validation pictures, or, where none are marked, all of it; less those that one of the networks was trained
-    on, unless trained_too; of these `count`, spread evenly, or all (0). Raises InputError if none is left.
-    """
-    split = data.find_split(task, data_dir)
-    paths = [split.folder / f for f in (split.val if split.marked else sorted(split.train + split.val))]
-    what = f"{'validation pictures' if split.marked else 'pictures, none marked for validation,'} of {split.folder}"
-    seen, alike = (set().union(*lists) for lists in zip(([], []), *(trained_on(paths, n.memory) for n in networks)))
-    if seen and trained_too:
-        what += f", {len(seen)} of them trained on,"
-    elif seen:
-        paths = [p for p in paths if p not in seen]
-        what += f" less {len(seen)} trained on"
-        if not paths:
-            raise InputError(f"all {len(seen)} pictures of {split.folder} were trained on by {' or '.join(n.name for n in networks)}: "
-                             "name others, or measure them all the same with --trained_too")
-    if alike := alike & set(paths):
-        note(f"{len(alike)} pictures, as {min(alike)}, have the names of pictures that were trained on but are other files: if they show the same, "
-             "what follows is no measure of pictures never seen")
-    chosen = data.spread(paths, count or len(paths))
-    return by_stem(chosen, split.folder), f"{len(chosen)} {what}"
-
-
-def load_truth(path, task):
-    """A true picture, (H, W, 3) uint8: the task's centre crop, or the whole picture less what exceeds a multiple of the scale. Raises InputError if it is too small."""
-    image = read_image(path)
-    if task.crop == "center":
-        data.check_side(path, *image.shape[:2], task)
-        image = np.asarray(data.center_crop(Image.fromarray(image), task.image_size))
-    height, width = (n - n % task.scale for n in image.shape[:2])
-    check_size(path, height, width, task.scale)
-    return np.ascontiguousarray(image[:height, :width])
-
-
-def bicubic(x_lr, task):
-    """The row that betrays a wrong protocol: bicubic enlargement, (B, 3, H, W). But for avgpool x_lr is that already."""
-    if task.degradation != "avgpool":
-        return x_lr
-    return H_T(H(x_lr, task.degradation, task.scale), "bicubic", task.scale)  # H undoes the repetition exactly
-
-
-# --- a look during training ---
-
-
-@torch.no_grad()
-def validate(predict, x_1, task, lpips, device):
-    """A quick look during training: PSNR and LPIPS of what predict makes of x_1 (N, 3, S, S) uint8, and a picture of it.
-
-    predict: x_lr (1, 3, S, S) and seeds (1,) -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
-    "lpips_NAME"}, with x_lr's own under "lr", and x_lr, the results and x_1 of the first four side by side, uint8 (H, W, 3).
-    """
-    scores, rows = {}, []
-    for i, picture in enumerate(x_1):
-        truth, seeds = to_float(picture[None]).to(device), torch.full((1,), i, device=device)
-        x_lr = degrade(truth, task, seeds)
-        results = {"lr": x_lr, **predict(x_lr, seeds)}
-        shown = {name: to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
-        for name, x in shown.items():
-            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
-            if lpips and min(picture.shape[1:]) >= 32:  # AlexNet's pooling leaves nothing of less
-                scores.setdefault(f"lpips_{name}", []).append(lpips(to_float(x), truth).item())
-        if i < 4:
-            rows.append(torch.cat([x[0].cpu() for x in shown.values()] + [picture], dim=2))
-    return {k: statistics.fmean(v) for k, v in scores.items()}, torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
-
-
-# --- what to say ---
-
-
-def table_line(row, width, names):
-    """One aligned line of the table: mean and spread of each metric; without a row, the heading."""
-    if row is None:
-        return f"{'':{width}} {'NFE':>5} " + " ".join(f"{name:>15}" for name in names) + f" {'s/picture':>10}"
-    cells = []
-    for name in names:
-        mean, std, digits = row[name], row[f"{name}_std"], METRICS[name]
-        cells.append(f"{mean:.{digits}f}" + (" " * (digits + 4) if std is None else f" ±{std:.{digits}f}"))
-    seconds = "-" if row["seconds"] is None else f"{row['seconds']:.3f}"
-    nfe = "-" if row["nfe"] is None else f"{row['nfe']:.4g}"
-    return f"{row['name']:{width}} {nfe:>5} " + " ".join(f"{c:>15}" for c in cells) + f" {seconds:>10}"
-
-
-def write_json(path, protocol, rows):
-    """The table as strict JSON: what is infinite becomes the text "inf"."""
-    def plain(x):
-        if isinstance(x, dict):
-            return {k: plain(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [plain(v) for v in x]
-        return str(x) if isinstance(x, float) and not math.isfinite(x) else x
-
-    text = json.dumps(plain(dict(protocol=protocol, rows=rows)), indent=1, allow_nan=False)
-    atomic_write(path, lambda tmp: tmp.write_text(text + "\n"))
-
-
-def how_degraded(task):
-    strength = "drawn" if task.strength < 0 else f"{task.strength:g}"
-    return f"real, strength {strength}," if task.degradation == "real" else task.degradation
-
-
-def describe(networks, rows, bench, what, args, device):
-    """The protocol: (dict, one line, a line for each network with its cost)."""
-    task, parts = bench.task, []
-    for n in networks:
-        how = " ".join(r.name.removeprefix(f"{n.name}_") for r in rows if r.network is n) or "t sought"
-        how += f" (rk45: rtol {args.rtol:g}, atol {args.atol:g}, {name_of_dtype(bench.rk45_dtype)})" if "rk45" in how else ""
-        parts.append(dict(name=n.name, file=str(n.path), sha256=n.sha256, stage=n.stage, step=n.step, sigma_p=n.task.sigma_p, how=how,
-                          trained_on=n.memory and dict(pictures=n.memory["train"], sha256=n.memory["sha256"]),
-                          parameters=sum(p.numel() for p in n.net.parameters()), gmacs_256=count_macs(n.net, 256, 256) / 1e9,
-                          gmacs_256_standard=count_macs(n.net, 256, 256, standard=True) / 1e9))
-    cut = f"centre {task.image_size}" if task.crop == "center" else f"whole, to multiples of {task.scale}"
-    bits = "8 bits" if task.eight_bit else "float"
-    protocol = dict(pictures=what, cut=cut, H=how_degraded(task), scale=task.scale, low_resolution=bits, sigma_n=task.sigma_n, seeds=list(range(args.seeds)),
-                    networks=parts, methods=[f"{name}={folder}" for name, _, folder in args.methods], metrics=bench.metrics.notes,
-                    dtype=name_of_dtype(bench.dtype), tile=args.tile, device=str(device), torch=torch.__version__)
-    line = (f"{what} ({cut}), H {how_degraded(task)} x{task.scale} in {bits}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
-            + "".join(f"{p['name']} = {p['file']} sha256 {p['sha256']}, sigma_p {p['sigma_p']:g}, {p['how']}; " for p in parts)
-            + "".join(f"{method}; " for method in protocol["methods"]) + "".join(f"{text}; " for text in bench.metrics.notes)
-            + f"{protocol['dtype']}, tile {args.tile}, {device}, torch {torch.__version__}")
-    costs = [f"{p['name']}: {p['stage']}, step {'unknown' if p['step'] is None else p['step']}, {p['parameters']:,} parameters, "
-             f"{p['gmacs_256']:.2f} GMACs an evaluation at 256x256 ({p['gmacs_256_standard']:.2f} GMACs, {2 * p['gmacs_256_standard']:.2f} GFLOPs in standard layers), "
-             + (f"trained on {p['trained_on']['pictures']:,} pictures, list {p['trained_on']['sha256']}" if p["trained_on"] else "trained on an unknown list") for p in parts]
-    return protocol, "\n".join([line, *costs])
-
-
-def name_of_dtype(dtype):
-    return str(dtype).removeprefix("torch.")
-
-
-def peak_memory(device):
-    """The most memory this process has held so far, GiB: on a GPU of its tensors, else of all; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    if importlib.util.find_spec("resource") is None:  # Windows
-        return None
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-
-
-# --- the folder of results ---
-
-
-@functools.cache
-def lock(out_dir):
-    """Keep the folder for this program while it runs. Raises InputError if another one has it."""
-    from filelock import FileLock, Timeout  # comes with torch
-    held = FileLock(out_dir / ".lock")
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        raise InputError(f"another evaluate.py writes into {out_dir}: choose another --out_dir") from None
-    except (NotImplementedError, OSError):  # a file system without locks
-        pass
-    return held  # as long as somebody has it, it is held
-
-
-def clear(out_dir):
-    """Make out_dir a folder of this run alone: what an earlier run left there goes. Raises InputError if something there is not ours."""
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        lock(out_dir)
-        there, marked = sorted(p for p in out_dir.iterdir() if p.name not in (MARK, ".lock")), (out_dir / MARK).is_file()
-        for path in there:
-            if not (marked and path.is_dir() and (path.name == "hr" or all(p.name.startswith("seed") for p in path.iterdir()))):
-                raise InputError(f"--out_dir {out_dir} holds {path.name}, which evaluate.py did not write: choose another, or take it away")
-        for path in there:
-            shutil.rmtree(path)
-    except OSError as e:
-        raise InputError(f"cannot write into {out_dir}: {e.strerror}") from None
-    atomic_write(out_dir / MARK, lambda tmp: tmp.write_text("{}\n"))  # no training takes what lies beside it for photographs
-
-
 # --- the command line ---
 
 
@@ -671,17 +482,8 @@ def warn_of_few(metrics, count):
         note(f"{', '.join(metrics.sets)} of {count} pictures: with fewer than {FEW:,} it compares only with the same number of the same pictures")
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    check_flags(args)
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    keep_freed_memory()
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if args.pairs:
-        return measure_pairs(args, device) if rank == 0 else None
-
-    # --- what to measure, and on what: everything that can be wrong comes before any work ---
+def prepare(args, device, rank, world):
+    """What is measured, and on what: (networks, rows, the Bench, {stem: path of the true picture}, what those are in words). Raises InputError: everything that can be wrong comes before any work."""
     networks = load_networks(args.ckpt or [p for p in SHIPPED if p.is_file()], device, args)
     check_networks(networks, args)
     args.dataset = args.dataset or "photos"
@@ -689,7 +491,7 @@ def main(argv=None):
     rows = plan_rows(networks, args)
     sources, what = find_truth(task, args.data_dir, args.pictures, networks, args.trained_too)
     rows[1:1] = find_methods(args.methods, list(sources), not args.pictures, {row.name for row in rows})
-    shown = figures.choose(sorted(sources), args.figure_pictures)
+    figures.choose(sorted(sources), args.figure_pictures)
     out_dir = Path(args.out_dir)
     for path in sources.values():
         load_truth(path, task)
@@ -705,22 +507,18 @@ def main(argv=None):
         note("no --ckpt, and no weights in weights/: bicubic alone is measured")
     if rank == 0:
         clear(out_dir)
-
-    # --- measure ---
+    dtype = pick_dtype(args.dtype, device)
     truth = {stem: out_dir / "hr" / f"{stem}.png" for stem in sources}
     bench = Bench(truth, task, out_dir, metrics, dtype, torch.float32 if args.dtype == "auto" else dtype, args.tile, args.tile_pad, rank, world)
-    protocol, heading = describe(networks, rows, bench, what, args, device)
-    width, names = max([len(row.name) for row in rows] + [len(n.name) + 10 for n in networks if args.tune_t]), metrics.names()
-    total = sum(len(bench.seeds(row, args.seeds)) for row in rows) * len(sorted(sources)[rank::world])
-    progress = Progress(total, "picture", rank if world > 1 else None)
-    say = (progress.bar.write if progress.bar else functools.partial(print, flush=True)) if rank == 0 else lambda text: None
-    say(f"{heading}\n{table_line(None, width, names)}")
-    if world > 1:
-        dist.init_process_group("gloo")
-        dist.barrier()  # the folder is clear
-    for stem in sorted(sources)[rank::world]:
-        write_picture(truth[stem], load_truth(sources[stem], task))
-    results = []
+    return networks, rows, bench, sources, what
+
+
+def measure_all(networks, rows, bench, args, width):
+    """Every row of the table, each said when it is measured: their lines. The other processes say nothing."""
+    total = sum(len(bench.seeds(row, args.seeds)) for row in rows) * len(sorted(bench.truth)[bench.rank::bench.world])
+    progress = Progress(total, "picture", bench.rank if bench.world > 1 else None)
+    say = (progress.bar.write if progress.bar else functools.partial(print, flush=True)) if bench.rank == 0 else lambda text: None
+    names, results = bench.metrics.names(), []
     for row in rows:
         results.append(measure_row(row, bench, args.seeds, progress))
         say(table_line(results[-1], width, names))
@@ -730,18 +528,42 @@ def main(argv=None):
             results += lines
             say(found)
     progress.close()
-    if rank == 0 and (peak := peak_memory(device)):
-        protocol["peak_memory_gib"] = peak
-        say(f"peak memory of {'the GPU' if device.type == 'cuda' else 'the process'} {peak:.2f} GiB")
+    return results
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    check_flags(args)
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    keep_freed_memory()
+    device = pick_device(args.device)
+    if args.pairs:
+        return measure_pairs(args, device) if rank == 0 else None
+    networks, rows, bench, sources, what = prepare(args, device, rank, world)
+
+    # --- measure ---
+    protocol, heading = describe(networks, rows, bench, what, args, device)
+    width = max([len(row.name) for row in rows] + [len(n.name) + 10 for n in networks if args.tune_t])
+    if rank == 0:
+        print(f"{heading}\n{table_line(None, width, bench.metrics.names())}", flush=True)
+    if world > 1:
+        dist.init_process_group("gloo")
+        dist.barrier()  # the folder is clear
+    for stem in sorted(sources)[rank::world]:
+        write_picture(bench.truth[stem], load_truth(sources[stem], bench.task))
+    results = measure_all(networks, rows, bench, args, width)
 
     # --- keep ---
     if rank == 0:
+        protocol["peak_memory_gib"] = peak_memory(device)
+        if protocol["peak_memory_gib"]:
+            print(f"peak memory of {'the GPU' if device.type == 'cuda' else 'the process'} {protocol['peak_memory_gib']:.2f} GiB")
         if args.json:
             write_json(args.json, protocol, results)
         if args.plot:
             figures.tradeoff(args.plot, results)
         if args.figure:
-            figures.side_by_side(args.figure, shown, rows, bench)
+            figures.side_by_side(args.figure, figures.choose(sorted(sources), args.figure_pictures), rows, bench)
     if world > 1:
         dist.destroy_process_group()
 

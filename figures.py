@@ -54,7 +54,7 @@ def tradeoff(path, rows):
     save(figure, path)
 
 
-def over_t(path, curves, right=None):
+def over_t(path, curves):
     """Curves over t in one plot: curves {name: (ts, errors, distances)}; errors on the left axis, LPIPS dashed on the right, None where it is not known."""
     figure, axes = new_axes(xlabel="t", ylabel="MSE (line)")
     other = axes.twinx() if any(d[0] is not None for _, _, d in curves.values()) else None
@@ -68,10 +68,10 @@ def over_t(path, curves, right=None):
     save(figure, path)
 
 
-def bars(path, values, ylabel, xlabel):
-    """One number for each name: values {name: number}, in that order."""
+def points(path, values, xlabel, ylabel):
+    """A curve through (x, y) pairs."""
     figure, axes = new_axes(xlabel=xlabel, ylabel=ylabel)
-    axes.plot(list(values), list(values.values()), "o-")
+    axes.plot(*zip(*values), "o-")
     save(figure, path)
 
 
@@ -135,5 +135,7 @@ def side_by_side(path, stems, rows, bench):
 
 
 def grid(path, rows):
-    """Pictures in rows, lists of (h, w, 3) uint8 of one size, without anything between them."""
-    write_picture(Path(path), np.vstack([np.hstack(row) for row in rows]))
+    """Pictures in rows, lists of (h, w, 3) uint8, each row on a white ground of the widest."""
+    bands = [np.hstack(row) for row in rows]
+    width = max(b.shape[1] for b in bands)
+    write_picture(Path(path), np.vstack([np.pad(b, ((0, 0), (0, width - b.shape[1]), (0, 0)), constant_values=255) for b in bands]))

@@ -3,6 +3,7 @@
     psnr_rgb, psnr_y, ssim_y     arithmetic, against the true picture
     lpips, dists                 a network's opinion, against the true picture
     consistency                  against the low-resolution picture: PSNR of H(restored)
+    niqe                         no true picture: statistics of good photographs (niqe.py)
     musiq, maniqa, clipiqa, liqe no true picture: pyiqa's (pip install -e '.[iqa]')
     fid, fid_tf, fd_vgg16        all restored pictures against all true ones: Fréchet distances of features
 
@@ -26,9 +27,10 @@ import torch.nn.functional as F
 from console import InputError
 from degradations import H, to_float
 from folders import note
+from niqe import niqe
 from pictures import read_image
 
-METRICS = {"psnr_rgb": 3, "psnr_y": 3, "ssim_y": 4, "lpips": 4, "consistency": 2, "dists": 4, "musiq": 2, "maniqa": 4, "clipiqa": 4, "liqe": 3,
+METRICS = {"psnr_rgb": 3, "psnr_y": 3, "ssim_y": 4, "lpips": 4, "consistency": 2, "dists": 4, "niqe": 3, "musiq": 2, "maniqa": 4, "clipiqa": 4, "liqe": 3,
            "fid": 2, "fid_tf": 2, "fd_vgg16": 3}  # decimals
 USUAL = ("psnr_rgb", "psnr_y", "ssim_y", "lpips")
 PYIQA = ("dists", "musiq", "maniqa", "clipiqa", "liqe")  # of these dists has the true picture beside it
@@ -183,8 +185,9 @@ def load_lpips(backbone=None, device="cpu"):
     metric.to(device)
 
     def distance(a, b):
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # metrics in float32, on a GPU too
-            return metric(a, b).flatten()
+        # Metrics in float32, on a GPU too, and whatever the caller's autocast is.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False), torch.autocast(a.device.type, enabled=False):
+            return metric(a.float(), b.float()).flatten()
     return distance
 
 
@@ -279,7 +282,8 @@ class Metrics:
 def pick_metrics(names, crop, device, lpips_backbone=None, vgg_backbone=None, inception=None):
     """The Metrics of those names, less what is not on this machine, each of which is said in one line. crop: of the luma's border, pixels."""
     m = Metrics({})
-    plain = dict(psnr_rgb=psnr_rgb, psnr_y=lambda a, b: psnr_y(a, b, crop), ssim_y=lambda a, b: ssim_y(a, b, crop), consistency=None)
+    plain = dict(psnr_rgb=psnr_rgb, psnr_y=lambda a, b: psnr_y(a, b, crop), ssim_y=lambda a, b: ssim_y(a, b, crop), consistency=None,
+                 niqe=lambda a, b: niqe(luma(a)))
     for name in names:
         try:
             if name in plain:

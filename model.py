@@ -12,18 +12,19 @@ Legend: x_1 HR image (t = 1), x_lr = H^T(H(x_1) + n), x_0 = noised x_lr (t = 0),
 """
 import copy
 import ctypes
+import functools
 import importlib
-import json
 import math
 import os
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from console import InputError, atomic_write
+from checkpoints import load_checkpoint, load_tensors, save_tensors
+from console import InputError, Parser
 from kernels import conv3x3, group_norm_silu, noise_augment
 
 # The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
@@ -75,6 +76,8 @@ def find_family(name):
         raise InputError(f"the checkpoint holds a network of the family {name!r}, which is none of {', '.join(FAMILIES)}: if it is yours, "
                          f"say OFTSR_FAMILIES={name}" if ":" in name else f"there is no family {name!r}: there are {', '.join(FAMILIES)}")
     module, _, function = FAMILIES.get(name, name).partition(":")
+    if __package__ and ":" not in name:  # ours, in the installed package
+        module = f"{__package__}.{module}"
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:
@@ -171,6 +174,8 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels, head_channels, groups):
         super().__init__()
+        if channels % head_channels:
+            raise ValueError(f"heads of {head_channels} channels do not divide {channels}")
         self.heads = channels // head_channels
         self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
@@ -186,9 +191,18 @@ class AttentionBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """One entry of input_blocks, middle_block or output_blocks: passes the time embedding to those who want it."""
+    """One entry of input_blocks, middle_block or output_blocks: passes the time embedding to those who want it.
+
+    recompute  what its layers make is not kept for the backward pass, which makes it again: less memory, a third more time.
+    """
+    recompute = False
 
     def forward(self, x, emb):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.through, x, emb, use_reentrant=False)
+        return self.through(x, emb)
+
+    def through(self, x, emb):
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
         return x
@@ -210,12 +224,14 @@ class UNet(nn.Module):
     one_step   a distilled student, whose input is always x_0, whatever t.
     dropout    share of the features that a residual block forgets while it is trained.
     condition  False: no x_lr among the inputs (channels 3 to 5 of x_in are not read).
-    Raises ValueError for a size that is not a multiple of `multiple`.
+    Raises ValueError for a size that is not a multiple of `multiple`, and for channels that do not divide.
     """
 
     def __init__(self, channels, mults, blocks, attention=(), head_channels=64, groups=32, patch=1, out_channels=3,
                  condition=True, precond=None, one_step=False, dropout=0.0):
         super().__init__()
+        if channels % 2:
+            raise ValueError(f"channels must be even, for sines and cosines, not {channels}")
         self.config = dict(channels=channels, mults=list(mults), blocks=blocks, attention=list(attention),
                            head_channels=head_channels, groups=groups, patch=patch, out_channels=out_channels,
                            condition=condition, precond=precond, one_step=one_step, dropout=dropout)
@@ -374,13 +390,19 @@ def pick_device(name="auto"):
 
 def pick_dtype(name, device):
     """The one precision rule: auto is bfloat16 where the device computes in it, else float32; parameters stay float32."""
-    if name != "auto":
-        return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
+    if name == "bfloat16" and not fast:
+        warn_once("this processor has no arithmetic in bfloat16: float32 is faster here (--dtype auto takes it)")
+    return getattr(torch, name) if name != "auto" else torch.bfloat16 if fast else torch.float32
+
+
+@functools.lru_cache(maxsize=None)
+def warn_once(words):
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(words, file=sys.stderr, flush=True)
 
 
 def keep_freed_memory():
@@ -397,70 +419,167 @@ def keep_freed_memory():
 
 # --- files ---
 
+# What a network may be made of, as the file of one says it: (least, most) of each number.
+LIMITS = dict(channels=(1, 4096), blocks=(1, 16), head_channels=(1, 4096), groups=(1, 4096), patch=(1, 16), out_channels=(3, 12))
 
-def load_checkpoint(path):
-    """What save_checkpoint wrote, on the CPU. Raises InputError if there is no such file or it is not one."""
-    if not Path(path).is_file():
-        raise InputError(f"no checkpoint at {path}")
+
+def network_of(config, path):
+    """The network that a file's metadata describes, without memory ("meta"). Raises InputError, which names the file, if it describes none."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # the unpickler raises whatever the bytes lead it to
-        raise InputError(f"{path} is broken or not a checkpoint ({type(e).__name__})") from e
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path} is not a checkpoint (it holds a {type(checkpoint).__name__})")
-    return checkpoint
+        wrong = [] if config.get("family", "unet") != "unet" else not_a_unet(config)
+        if not wrong:
+            with torch.device("meta"):
+                return build(config)
+    except InputError:
+        raise
+    except Exception as e:  # what a class says to arguments that are not its own
+        wrong = [(str(e) or type(e).__name__).splitlines()[0]]
+    raise InputError(f"{path} describes no network of this project: {', '.join(wrong)}")
+
+
+def not_a_unet(config):
+    """The names of those arguments of UNet in a file's metadata that are of the wrong type, or larger than any network's."""
+    whole = lambda value, low, high: type(value) is int and low <= value <= high
+    known = {**dict(attention=[], head_channels=64, groups=32, patch=1, out_channels=3, condition=True, precond=None, one_step=False, dropout=0.0), **config}
+    wrong = [k for k, (low, high) in LIMITS.items() if not whole(known[k], low, high)]
+    wrong += [k for k in ("mults", "attention") if len(known[k]) > 10 or not all(whole(v, 1, 256) for v in known[k])]
+    wrong += [k for k in ("condition", "one_step") if type(known[k]) is not bool]
+    p = known["precond"]
+    if p and not (p.keys() == {"sigma_p", "sigma_d"} and all(type(v) in (int, float) and 0 < v < 100 for v in p.values())):
+        wrong.append("precond")
+    if type(known["dropout"]) not in (int, float) or not 0 <= known["dropout"] < 1:
+        wrong.append("dropout")
+    return wrong if known["mults"] else [*wrong, "mults"]
+
+
+def named(net, averages, params=None):
+    """{name: tensor} of the list of averages that a checkpoint holds: of what is trained, in its order; what is not stands in its params. {} if they are not as many."""
+    trained = [n for n, p in net.named_parameters() if p.requires_grad]
+    others = params if len(trained) < len(net.state_dict()) and isinstance(params, dict) else {}
+    return {**others, **dict(zip(trained, averages))} if len(averages) == len(trained) else {}
+
+
+def check_fits(net, state, path):
+    """Raises InputError if state, {name: tensor} of a file, is not what the network takes: every name, its shape, finite numbers."""
+    ours = net.state_dict()
+    wrong = [n for n, p in ours.items() if not torch.is_tensor(state.get(n)) or state[n].shape != p.shape or not state[n].is_floating_point()]
+    if wrong or len(state) != len(ours):
+        raise InputError(f"{path} does not hold this network: {len(wrong)} of its {len(ours)} parameters are missing or of another shape")
+    if broken := [n for n, p in state.items() if not p.isfinite().all()]:
+        raise InputError(f"{path} is broken: its {broken[0]} holds numbers that are not finite")
+
+
+def preset_name(net):
+    """The preset whose network that is, whatever its sigmas; None if it is none's."""
+    form = lambda config: {**config, "precond": bool(config.get("precond")), "one_step": False, "condition": True, "dropout": 0, "sigma_p": 0}
+    with torch.device("meta"):
+        return next((name for name in PRESETS if form(build(PRESETS[name]).config) == form(net.config)), None)
 
 
 def save_release(path, model, meta):
     """Weights to share: bfloat16 .safetensors with `meta` (a dict of plain types) as JSON beside them. Atomic."""
-    from safetensors.torch import save
-    tensors = {name: p.detach().bfloat16().contiguous() for name, p in model.state_dict().items()}
-    header = {"oftsr": json.dumps({**meta, "model": model.config})}
-    atomic_write(path, lambda tmp: tmp.write_bytes(save(tensors, metadata=header)))  # save_file's only their owner may read
+    save_tensors(path, {name: p.detach().bfloat16().contiguous() for name, p in model.state_dict().items()}, {**meta, "model": model.config})
 
 
-def _read_release(path):
-    """The metadata (a dict, or None) and the tensors of a .safetensors file."""
-    from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file():
-        raise InputError(f"no weights at {path}")
-    try:
-        with safe_open(path, framework="pt") as f:
-            return json.loads((f.metadata() or {}).get("oftsr", "null")), {name: f.get_tensor(name) for name in f.keys()}
-    except SafetensorError as e:
-        raise InputError(f"{path} is broken or not a .safetensors file ({e})") from e
+def weights_in(checkpoint, path):
+    """The metadata and the weights of a .pt's dict: (dict, a list of averages in parameter order or {name: tensor}).
+
+    Ours; a published OFTSR file, {"ema", "step"}, or all of its training, {"optimizer", "model": weights, "ema", "step"}; or
+    bare weights {name: tensor}, as guided-diffusion's are. Raises InputError if it is none of these.
+    """
+    bare = lambda x: isinstance(x, dict) and len(x) > 0 and all(map(torch.is_tensor, x.values()))
+    ema = checkpoint.get("ema")
+    if bare(checkpoint):
+        return {}, dict(checkpoint)
+    if not isinstance(ema, dict) or not isinstance(ema.get("shadow_params"), list):
+        raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
+    meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model", "data")}
+    return {**meta, "model": None if bare(meta["model"]) else meta["model"]}, ema["shadow_params"]
+
+
+def adapted(state, ours, path):
+    """Bare weights {name: tensor} as a network whose parameters are `ours` takes them: guided-diffusion's unconditional ones, too.
+
+    Of the first convolution of those the weights for x_lr begin at 0, as if it were not there; of the last, outputs that we
+    do not have go. Every other name and shape must match. Raises InputError that lists what does not.
+    """
+    state, first = dict(state), "input_blocks.0.0.weight"
+    if first in state and state[first].ndim == 4 and 2 * state[first].shape[1] == ours[first].shape[1]:
+        state[first] = torch.cat([state[first], torch.zeros_like(state[first])], dim=1)
+    for name in ("out.2.weight", "out.2.bias"):
+        if name in state and len(state[name]) > len(ours[name]):
+            state[name] = state[name][: len(ours[name])]
+    wrong = [f"{n} is missing" for n in ours if n not in state] + [f"{n} is none of ours" for n in state if n not in ours]
+    wrong += [f"{n} is {tuple(p.shape)}, not {tuple(ours[n].shape)}" for n, p in state.items() if n in ours and p.shape != ours[n].shape]
+    if wrong:
+        raise InputError(f"{path} does not hold this network, in {len(wrong)} places: {'; '.join(wrong[:8])}{'; ...' if len(wrong) > 8 else ''}")
+    return state
 
 
 def load_model(path, device="cpu", model=None):
     """The network in a file, in float32 and evaluation mode, with its metadata: (UNet or one of another family, dict).
 
-    path is a training checkpoint (its EMA is taken), a .safetensors release, or a published OFTSR file
-    (a list of EMA tensors in parameter order), for which `model` names the preset. Metadata holds at
+    path is a training checkpoint (its EMA is taken), a .safetensors release, or a file of others: see weights_in. Of these
+    `model` names the preset. Metadata holds at
     least "stage" ("flow" or "distill", None if the file does not say) and "task" (a dict, or None).
     Raises InputError when there is no such file, or it is none of these, or does not fit.
     """
     if str(path).endswith(".safetensors"):
-        meta, state = _read_release(path)
+        meta, state = load_tensors(path)
     else:
-        checkpoint = load_checkpoint(path)
-        if "ema" not in checkpoint:
-            raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
-        meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model", "data")}
-        state = checkpoint["ema"]["shadow_params"]
-    if not meta or not meta.get("model"):
+        held = load_checkpoint(path)
+        meta, state = weights_in(held, path)
+    meta = {"stage": None, "task": None, "step": None, "model": None, **(meta or {})}
+    if meta["stage"] not in ("flow", "distill", None) or not isinstance(meta["task"], (dict, type(None))) or not isinstance(meta["step"], (int, type(None))):
+        raise InputError(f"{path} is not one of ours: its stage, task or step is none")
+    if not meta["model"]:
         if model is None:
             raise InputError(f"{path} does not say which network it holds: name it with --model {{{','.join(PRESETS)}}}")
-        meta = {"model": PRESETS[model]}
-    meta = {"stage": None, "task": None, "step": None, **meta}
-    with torch.device("meta"):
-        net = build(meta["model"])
-    if isinstance(state, list):  # what was trained, in its order; what was not stands beside it
-        trained = [n for n, p in net.named_parameters() if p.requires_grad]
-        others = {} if len(trained) == len(net.state_dict()) else checkpoint.get("params", {})
-        state = {**others, **dict(zip(trained, state, strict=False))} if len(state) == len(trained) else {}
-    names = list(net.state_dict())
-    wrong = [n for n, p in net.state_dict().items() if n not in state or state[n].shape != p.shape]
-    if wrong or len(state) != len(names):
-        raise InputError(f"{path} does not hold this network: {len(wrong)} of its {len(names)} parameters are missing or of another shape")
+        if PRESETS[model].get("precond"):
+            raise InputError(f"{path} does not say the sigmas of its network, which {model!r} has: it is not one of ours")
+        meta["model"] = PRESETS[model]
+        if isinstance(state, dict):
+            state = adapted(state, network_of(PRESETS[model], path).state_dict(), path)
+    net = network_of(meta["model"], path)
+    if isinstance(state, list):
+        state = named(net, state, held.get("params"))
+    check_fits(net, state, path)
     net.load_state_dict({n: p.float() for n, p in state.items()}, assign=True)
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
+
+
+# --- python model.py convert IN OUT ---
+
+
+def convert(argv=None):
+    """Any file that load_model takes as a release, with what it does not say from flags. Raises InputError."""
+    from dataclasses import asdict
+
+    from data import TASKS
+    p = Parser(prog="model.py", description="Weights of others, or a training checkpoint, as a .safetensors to share.")
+    p.add_argument("what", choices=("convert",))
+    p.add_argument("file", metavar="IN", help="a published file, guided-diffusion's, a ckpt.pt or a .safetensors")
+    p.add_argument("release", metavar="OUT", help="the .safetensors to write")
+    p.add_argument("--model", choices=PRESETS, help="network preset, for a file that does not say")
+    p.add_argument("--stage", choices=("flow", "distill"), help="what it is, for a file that does not say")
+    p.add_argument("--dataset", choices=TASKS, help="its task, for a file that does not say")
+    args = p.parse_args(argv)
+    if not args.release.endswith(".safetensors"):
+        raise InputError(f"{args.release} should end in .safetensors")
+    net, meta = load_model(args.file, model=args.model)
+    for flag, known in (("stage", meta["stage"]), ("dataset", meta["task"] and meta["task"]["name"])):
+        if known and getattr(args, flag) not in (None, known):
+            raise InputError(f"{args.file} says that it is {known}: --{flag} is for files that do not")
+    stage = meta["stage"] or args.stage
+    if stage is None:
+        raise InputError(f"{args.file} does not say what it is: add --stage flow or --stage distill")
+    task = meta["task"] or (asdict(TASKS[args.dataset]) if args.dataset else None)
+    save_release(args.release, net, dict(stage=stage, task=task, step=meta["step"], data=meta.get("data")))
+    print(f"{args.release}: {stage} of {task['name'] if task else 'an unknown task'}, {sum(p.numel() for p in net.parameters()):,} parameters, step {meta['step']}")
+
+
+if __name__ == "__main__":
+    try:
+        convert()
+    except (InputError, OSError) as e:
+        sys.exit(f"model.py: {e}")

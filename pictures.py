@@ -3,7 +3,8 @@
     picture = read_picture("photo.jpg")                  # .pixels (H, W, C) uint8 or uint16, upright, sRGB; EXIF, dpi, XMP kept
     write_picture("larger.png", pixels, like=picture)    # in the format that the ending names, tagged sRGB, whole or not at all
 
-C is 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha); alpha is straight. The file's mode decides what a picture is,
+C is 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha); alpha is straight. What happens to pixels is in colour.py, how they get
+into a file in writers.py. The file's mode decides what a picture is,
 never its largest value. Pillow reads and writes the formats and their tags; imagecodecs and tifffile read what Pillow would
 round to 8 bits, and convert colours in 16: OpenCV, the other kept library that reads 16 bits, drops profiles and gray's alpha.
 No torch; what is heavy is imported where it is used.
@@ -12,22 +13,19 @@ import json
 import os
 import re
 import struct
-import tempfile
-import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+import writers
+from colour import BAND, rgb8, to_srgb
 from console import InputError, atomic_path, refusals
 
 MAX_PIXELS = 300_000_000  # telephones take pictures of 200 megapixels
-BAND = 4_000_000  # pixels that are converted or written at a time
-IN_MEMORY = 2**28  # bytes up to which a canvas that waits for its encoder is kept in memory; beyond, in a file
 
 EXTENSIONS = set(
     ".png .apng .jpg .jpeg .jpe .jfif .mpo .webp .tif .tiff .bmp .dib .gif .avif .heic .heif .hif .jxl .jp2 .j2k .j2c .jpc .jpf .jpx "
@@ -41,9 +39,7 @@ FOREIGN = {  # what a folder of pictures may hold, too, and nothing here reads
 LOSSLESS = {"PNG", "TIFF", "BMP", "DIB", "GIF", "PPM", "TGA", "PSD", "QOI", "ICO", "PCX", "SGI"}
 WRITERS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"), ".webp": "WEBP", ".avif": "AVIF",
            **dict.fromkeys((".jp2", ".j2k", ".jpx"), "JPEG2000"), ".bmp": "BMP", ".gif": "GIF", ".tga": "TGA", ".ppm": "PPM", ".heic": "HEIF"}
-OPAQUE = {"JPEG", "PPM", "BMP", "GIF"}  # no alpha, or none that most programs see
 MOST_PIXELS = {"WEBP": 16383, "JPEG": 65500, "AVIF": 65535, "HEIF": 16384, "GIF": 65535, "TGA": 65535}  # a side
-KINDS = {".heic": "heif", ".heif": "heif", ".hif": "heif", ".jxl": "jxl"}  # endings that need a plug-in: the extra that brings it
 PLUGINS = {"heif": ("pillow_heif", "HEIC pictures need pillow-heif"), "jxl": ("pillow_jxl", "JPEG XL pictures need pillow-jxl-plugin")}
 
 # Tags of EXIF and TIFF
@@ -121,14 +117,21 @@ def from_pil(im):
     return Picture(_upright(pixels, im.getexif().get(ORIENTATION, 1)), im.format or "", exif, _dpi(im), _xmp(im), notes=notes)
 
 
+def as_picture(image):
+    """A Picture of a path, a PIL picture, or an array (H, W) or (H, W, 1 to 4) of uint8 or uint16, which is taken as sRGB. Raises InputError."""
+    if isinstance(image, (str, os.PathLike)):
+        return read_picture(image)
+    if isinstance(image, Image.Image):
+        return from_pil(image)
+    array = np.asarray(image)
+    if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or array.ndim == 3 and not 1 <= array.shape[2] <= 4 or not array.size:
+        raise InputError(f"an array should be uint8 or uint16, (H, W) or (H, W, 1 to 4), not {array.dtype} {array.shape}")
+    return Picture(array.reshape(*array.shape[:2], -1))
+
+
 def read_image(path):
     """A picture file as RGB, uint8 (H, W, 3), to learn from or to measure: 16 bits rounded, transparency laid on white. Raises InputError."""
     return rgb8(read_picture(path, metadata=False).pixels)
-
-
-def rgb8(pixels):
-    """(H, W, C) uint8 or uint16 as RGB, uint8 (H, W, 3): rounded to 8 bits, transparency laid on white."""
-    return _colour(_on_white(to_depth(pixels, np.uint8)), 3)
 
 
 @contextmanager
@@ -228,7 +231,7 @@ def _depth(im, head):
         return (head[at + 42] & 127) + 1
     if im.format == "PPM" and (found := _PNM.match(head)):
         return int(found[4]).bit_length()
-    return 16 if im.mode.startswith("I") else 8
+    return 16 if im.mode.startswith("I") else im.info.get("bit_depth", 8)  # pillow-heif says it there
 
 
 _GAP = rb"(?:\s|#[^\n]*\n)+"
@@ -262,6 +265,10 @@ def _decode_deep(path, im, head, depth, notes):
     if im.format in ("PNG", "JPEG2000"):
         import imagecodecs
         pixels = (imagecodecs.png_decode if im.format == "PNG" else imagecodecs.jpeg2k_decode)(Path(path).read_bytes())
+        largest = 2**depth - 1
+    elif im.format == "HEIF":
+        import pillow_heif
+        pixels = np.asarray(pillow_heif.open_heif(path, convert_hdr_to_8bit=False)) >> (16 - depth)
         largest = 2**depth - 1
     elif im.format == "PPM":
         found = _PNM.match(head)
@@ -334,84 +341,6 @@ def _full_chroma(im, head):
     return _lossless(im, head)
 
 
-# --- colour ---
-
-
-@lru_cache(maxsize=None)
-def srgb_profile(space="rgb"):
-    """The ICC profile of sRGB, or of gray with sRGB's curve, the same bytes whenever it is made."""
-    if space == "gray":
-        import imagecodecs
-        x = np.linspace(0, 1, 1024)
-        curve = np.rint(65535 * np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)).astype(np.uint16)
-        profile = imagecodecs.cms_profile("gray", whitepoint=[0.3127, 0.3290, 1.0], transferfunction=curve)
-    else:
-        from PIL import ImageCms
-        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return profile[:24] + struct.pack(">6H", 2000, 1, 1, 0, 0, 0) + profile[36:]  # the date
-
-
-def to_srgb(pixels, space, profile, notes):
-    """Pixels (H, W, C) of colour space "gray", "rgb" or "cmyk" and an ICC profile (or None) as gray or RGB in sRGB; alpha, if there is, follows.
-
-    Relative colorimetric with black point compensation: a colour that sRGB holds stays, white is white, the nearest
-    is taken of others. A profile that says sRGB leaves the pixels as they are. What cannot be used adds a line to notes.
-    """
-    colours = {"gray": 1, "rgb": 3, "cmyk": 4}[space]
-    colour, alpha = pixels[..., :colours], pixels[..., colours:]
-    kind = profile[16:20].strip().lower().decode("ascii", "replace") if profile else None
-    if kind is not None and kind != space and not (kind == "rgb" and space == "gray"):
-        notes.append("its colour profile is for other colours than it has, and is not used")
-        kind = None
-    try:
-        if kind is not None:
-            colour = _through_profile(colour, space, kind, profile)
-    except Exception as e:  # imagecodecs' own classes
-        notes.append(f"its colour profile is broken and not used ({str(e).splitlines()[0] if str(e) else type(e).__name__})")
-        kind = None
-    if kind is None and space == "cmyk":
-        notes.append("CMYK without a usable profile: its colours are a guess")
-        largest = np.iinfo(colour.dtype).max
-        rest = largest - colour.astype(np.float32)
-        colour = np.rint(rest[..., :3] * rest[..., 3:] / largest).astype(colour.dtype)
-    return np.concatenate([colour, alpha], axis=-1) if alpha.shape[2] else colour
-
-
-def _through_profile(colour, space, kind, profile):
-    largest = np.iinfo(colour.dtype).max
-    if space == "gray":  # as many values as there are grays
-        ramp = (np.arange(largest + 1) * (65535 // largest)).astype(np.uint16)[None, :, None]
-        values = np.rint(_transform(ramp if kind == "gray" else ramp.repeat(3, -1), kind, profile).mean(-1))
-        if np.abs(values - ramp[..., 0]).max() < 257:
-            return colour
-        return to_depth(values.astype(np.uint16), colour.dtype)[0][colour]
-    if space == "rgb" and _is_srgb(profile):
-        return colour
-    out = np.empty((*colour.shape[:2], 3), colour.dtype)
-    rows = max(1, BAND // colour.shape[1])
-    for y in range(0, len(colour), rows):
-        out[y : y + rows] = _transform(colour[y : y + rows], space, profile)
-    return out
-
-
-def _transform(colour, space, profile):
-    import imagecodecs
-    flags = imagecodecs.CMS.FLAGS.BLACKPOINTCOMPENSATION
-    if colour.dtype == np.uint16:
-        flags |= imagecodecs.CMS.FLAGS.NOOPTIMIZE  # its table of 16-bit colours is off by up to 15 of 255
-    colour = np.ascontiguousarray(colour[..., 0] if space == "gray" else colour)
-    return imagecodecs.cms_transform(colour, profile, srgb_profile(), colorspace=space, outcolorspace="rgb",
-                                     intent=imagecodecs.CMS.INTENT.RELATIVE_COLORIMETRIC, flags=flags)
-
-
-@lru_cache(maxsize=64)
-def _is_srgb(profile):
-    """Whether a profile is sRGB under whatever name: it moves no colour by as much as a step in 255."""
-    steps = np.linspace(0, 65535, 9).astype(np.uint16)
-    chart = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
-    return np.abs(_transform(chart, "rgb", profile).astype(int) - chart).max() < 257
-
-
 def _profile_by_exif(im):
     """Cameras mark Adobe RGB by EXIF's interoperability index alone."""
     exif = im.getexif()
@@ -419,107 +348,6 @@ def _profile_by_exif(im):
         return None
     import imagecodecs
     return imagecodecs.cms_profile("rgb", whitepoint=[0.3127, 0.3290, 1.0], primaries=[0.64, 0.33, 1, 0.21, 0.71, 1, 0.15, 0.06, 1], gamma=563 / 256)
-
-
-# --- between a picture and the network ---
-
-
-def to_depth(pixels, dtype):
-    """uint8 or uint16 pixels as either: 255 and 65535 are the same white."""
-    if pixels.dtype == dtype:
-        return pixels
-    if dtype == np.uint16:
-        return pixels.astype(np.uint16) * np.uint16(257)
-    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def to_planes(colour):
-    """(H, W, 1 or 3) uint8 or uint16 as (3, H, W) float32 in [-1, 1]; gray three times."""
-    planes = colour.astype(np.float32) / np.float32(np.iinfo(colour.dtype).max / 2) - 1
-    return np.ascontiguousarray(np.broadcast_to(planes, (*planes.shape[:2], 3)).transpose(2, 0, 1))
-
-
-def from_planes(planes, channels, dtype):
-    """(3, H, W) float in [-1, 1], clamped, as (H, W, channels) uint8 or uint16; channels 1: the mean of the three."""
-    half = np.float32(np.iinfo(dtype).max / 2)
-    planes = planes.mean(0, keepdims=True) if channels == 1 else planes
-    return np.rint(np.clip(planes, -1, 1) * half + half).astype(dtype).transpose(1, 2, 0)
-
-
-def split_alpha(pixels):
-    """(H, W, C) as colour (H, W, 1 or 3) and alpha (H, W, 1), or None where there is none or nothing is transparent.
-
-    The colour of a pixel counts by its alpha: where nothing shows it is made from what shows nearby, so that no
-    restoring or resampling brings in what was hidden, and edges get no fringes.
-    """
-    colours = 3 if pixels.shape[2] >= 3 else 1
-    colour, alpha = pixels[..., :colours], pixels[..., colours:]
-    if not alpha.shape[2]:
-        return colour, None
-    largest = np.iinfo(pixels.dtype).max
-    if alpha.min(initial=largest) == largest or not alpha.any():
-        return colour, alpha
-    weight = alpha.astype(np.float32) / largest
-    filled = _spread(colour.astype(np.float32) * weight, weight)
-    return np.rint(np.clip(filled, 0, largest)).astype(pixels.dtype), alpha
-
-
-def _spread(premultiplied, weight):
-    """Colour everywhere from premultiplied colour (H, W, C) and weight (H, W, 1) in [0, 1]: each pixel's own share, the rest from a coarser level."""
-    H, W = weight.shape[:2]
-    if max(H, W) <= 1:
-        return premultiplied / np.maximum(weight, 1e-6)
-
-    def halved(x):
-        x = np.pad(x, ((0, H % 2), (0, W % 2), (0, 0)))
-        return x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]
-
-    w = halved(weight)
-    scale = 1 / np.maximum(w, 1)
-    coarse = _spread(halved(premultiplied) * scale, w * scale)
-    return premultiplied + (1 - weight) * _doubled(coarse)[:H, :W]
-
-
-def _doubled(x):
-    """(h, w, C) to (2h, 2w, C), linearly between pixel centres."""
-    for axis in (0, 1):
-        before = np.concatenate([x.take([0], axis), x], axis).take(range(x.shape[axis]), axis)
-        after = np.concatenate([x, x.take([-1], axis)], axis).take(range(1, x.shape[axis] + 1), axis)
-        x = np.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1).reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-    return x
-
-
-def resized(pixels, height, width, top=0, bottom=None, resample=Image.BICUBIC):
-    """Rows top to bottom of pixels (H, W, C) uint8 or uint16 resampled to (height, width), antialiased: the same rows whatever is asked with them.
-
-    For alpha, and for sizes that are not the network's; only the input's rows that these need are touched.
-    """
-    H, W = pixels.shape[:2]
-    bottom = height if bottom is None else bottom
-    scale, reach = H / height, 4 * max(1, H / height) + 2
-    first, last = max(0, int(top * scale - reach)), min(H, int(bottom * scale + reach) + 1)
-    box = (0, top * scale - first, W, bottom * scale - first)
-    largest = np.iinfo(pixels.dtype).max
-    planes = [np.asarray(Image.fromarray(np.asarray(pixels[first:last, :, c], np.float32)).resize((width, bottom - top), resample, box))
-              for c in range(pixels.shape[2])]
-    return np.rint(np.clip(np.stack(planes, axis=-1), 0, largest)).astype(pixels.dtype)
-
-
-def _on_white(pixels):
-    """Straight alpha laid on white, (H, W, C) to (H, W, 1 or 3)."""
-    colours = 3 if pixels.shape[2] >= 3 else 1
-    if pixels.shape[2] == colours:
-        return pixels
-    largest = np.iinfo(pixels.dtype).max
-    alpha = pixels[..., colours:].astype(np.float32) / largest
-    return np.rint(pixels[..., :colours] * alpha + largest * (1 - alpha)).astype(pixels.dtype)
-
-
-def _colour(pixels, colours):
-    """Gray (with alpha or not) as RGB (with alpha or not) where colours is 3."""
-    if colours == 3 and pixels.shape[2] < 3:
-        return np.concatenate([pixels[..., :1]] * 3 + [pixels[..., 1:]], axis=-1)
-    return pixels
 
 
 # --- metadata ---
@@ -619,7 +447,7 @@ def losses(path, channels, dtype):
     lines = []
     if dtype == np.uint16 and name not in ("PNG", "TIFF"):
         lines.append(f"{ending} holds 8 bits of its 16 (.png and .tif hold all)")
-    if channels in (2, 4) and name in OPAQUE:
+    if channels in (2, 4) and name in writers.OPAQUE:
         lines.append(f"{ending} has no transparency: laid on white (.png and .webp have it)")
     if name == "GIF":
         lines.append(".gif holds 256 colours (.png holds all)")
@@ -660,195 +488,19 @@ def open_writer(path, height, width, channels, dtype=np.uint8, like=None, qualit
     dpi = like.dpi if metadata else None
     tags = dict(exif=_mended_exif(like.exif if metadata else b"", height, width, dpi, None if name == "PNG" else note), dpi=dpi,
                 xmp=_mended_xmp(like.xmp if metadata else b"", height, width), note=note)
-    kind = {"PNG": _PNG, "TIFF": _TIFF}.get(name, _Canvas)
+    kind = {"PNG": writers.PNG, "TIFF": writers.TIFF}.get(name, writers.Canvas)
     with atomic_path(path) as tmp:
         with refusals(path):
             file = open(tmp, "wb")
         with file:
             with refusals(path):
-                writer = kind(path, file, (height, width, channels), np.dtype(dtype), tags)
+                writer = kind(path, name, file, (height, width, channels), np.dtype(dtype), tags)
             yield writer
             if writer.rows != height:
                 raise InputError(f"cannot write {path}: {writer.rows} of {height} rows were given")
             with refusals(path):
-                writer.finish(name, quality, like)
+                writer.finish(quality, like)
                 file.flush()
-
-
-class _Writer:
-    """What the three kinds of writers share: `rows`, how many came; put(rows) is each kind's own."""
-
-    def __init__(self, path, file, shape, dtype, tags):
-        self.path, self.file, self.shape, self.dtype, self.tags, self.rows = path, file, shape, dtype, tags, 0
-        self.start()
-
-    def write(self, rows):
-        """The next rows, (n, width, channels) of the writer's dtype."""
-        if rows.shape[1:] != self.shape[1:] or rows.dtype != self.dtype or self.rows + len(rows) > self.shape[0]:
-            raise ValueError(f"rows should be (n, {self.shape[1]}, {self.shape[2]}) {self.dtype}, {self.shape[0] - self.rows} at most, not {rows.shape} {rows.dtype}")
-        self.rows += len(rows)
-        if len(rows):
-            with refusals(self.path):
-                self.put(np.ascontiguousarray(rows))
-
-
-class _PNG(_Writer):
-    """PNG, row by row: each filtered by what makes it small, then compressed."""
-
-    def start(self):
-        H, W, C = self.shape
-        self.file.write(b"\x89PNG\r\n\x1a\n")
-        self.chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8 * self.dtype.itemsize, {1: 0, 2: 4, 3: 2, 4: 6}[C], 0, 0, 0))
-        if C >= 3:
-            self.chunk(b"iCCP", b"sRGB\0\0" + zlib.compress(srgb_profile(), 9))
-        else:
-            self.chunk(b"sRGB", b"\1")  # relative colorimetric; a profile for gray is more than most programs understand
-        exif, dpi = self.tags["exif"], self.tags["dpi"]
-        if len(exif):
-            self.chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
-        if dpi:
-            self.chunk(b"pHYs", struct.pack(">IIB", *(round(x / 0.0254) for x in dpi), 1))
-        if self.tags["xmp"]:
-            self.chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + self.tags["xmp"])
-        if self.tags["note"] is not None:
-            self.chunk(b"tEXt", b"oftsr\0" + json.dumps(self.tags["note"]).encode())
-        self.above, self.deflate = np.zeros(W * C * self.dtype.itemsize, np.uint8), zlib.compressobj(5, strategy=zlib.Z_FILTERED)
-
-    def chunk(self, name, data):
-        self.file.write(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(data, zlib.crc32(name))))
-
-    def put(self, rows):
-        raw = rows.astype(rows.dtype.newbyteorder(">"), copy=False).view(np.uint8).reshape(len(rows), -1)
-        n = max(1, 2**18 // raw.shape[1])  # rows at a time: what the filters compute stays in the processor's cache
-        for y in range(0, len(raw), n):
-            lines = png_filtered(raw[y : y + n], self.above, self.shape[2] * self.dtype.itemsize)
-            self.above = raw[y : y + n][-1].copy()
-            if data := self.deflate.compress(lines):
-                self.chunk(b"IDAT", data)
-
-    def finish(self, *_):
-        self.chunk(b"IDAT", self.deflate.flush())
-        self.chunk(b"IEND", b"")
-
-
-def png_filtered(raw, above, bpp):
-    """Rows of bytes (n, W) as PNG's filters leave them, (n, 1 + W): of Sub, Up, Average and Paeth the one with the smallest residues, row by row.
-
-    above: the row before the first (W,); bpp: bytes of a pixel.
-    """
-    b = np.vstack([above[None], raw[:-1]])  # above, a: at the left, c: above that
-    a, c = (np.pad(x, ((0, 0), (bpp, 0)))[:, : raw.shape[1]] for x in (raw, b))
-    to_a, to_b = np.abs(b.astype(np.int16) - c), np.abs(a.astype(np.int16) - c)
-    to_c = np.abs(a.astype(np.int16) + b - c - c)
-    paeth = np.where((to_a <= to_b) & (to_a <= to_c), a, np.where(to_b <= to_c, b, c))
-    average = ((a.astype(np.uint16) + b) >> 1).astype(np.uint8)
-    best, size = None, None
-    for number, guess in ((1, a), (2, b), (3, average), (4, paeth)):
-        line = np.empty((len(raw), raw.shape[1] + 1), np.uint8)
-        line[:, 0], line[:, 1:] = number, raw - guess
-        cost = np.abs(line[:, 1:].view(np.int8).astype(np.int16)).sum(1, dtype=np.int64)
-        if best is None:
-            best, size = line, cost
-        else:
-            better = cost < size
-            best[better], size[better] = line[better], cost[better]
-    return best
-
-
-class _TIFF(_Writer):
-    """TIFF in compressed strips; its directory, which Pillow writes, follows them: tifffile, which reads here, writes no EXIF and no bands."""
-
-    def start(self):
-        self.strip = max(1, min(self.shape[0], 2**18 // (self.shape[1] * self.shape[2] * self.dtype.itemsize)))  # rows: 256 KB
-        self.waiting, self.offsets, self.counts = [], [], []
-        self.file.write(b"II*\0\0\0\0\0")
-
-    def put(self, rows):
-        self.waiting.append(rows)
-        if sum(map(len, self.waiting)) >= self.strip:
-            rows = np.concatenate(self.waiting)
-            whole = len(rows) // self.strip * self.strip
-            for y in range(0, whole, self.strip):
-                self.put_strip(rows[y : y + self.strip])
-            self.waiting = [rows[whole:].copy()]
-
-    def put_strip(self, rows):
-        if not len(rows):
-            return
-        rows = np.concatenate([rows[:, :1], np.diff(rows, axis=1)], axis=1)  # predictor 2
-        data = zlib.compress(rows.astype(rows.dtype.newbyteorder("<"), copy=False).tobytes(), 6)
-        self.offsets.append(self.file.tell())
-        self.counts.append(len(data))
-        if self.offsets[-1] + len(data) > 2**32 - 2**20:
-            raise InputError(f"cannot write {self.path}: a TIFF has at most 4 GB (use .png)")
-        self.file.write(data)
-
-    def finish(self, *_):
-        from PIL.TiffImagePlugin import ImageFileDirectory_v2
-        for rows in self.waiting:
-            self.put_strip(rows)
-        H, W, C = self.shape
-        ifd = ImageFileDirectory_v2()
-        for tag, value in self.tags["exif"].items():
-            ifd[tag] = value
-        x, y = self.tags["dpi"] or (1, 1)
-        ifd.tagtype.update({273: 4, 279: 4, 700: 1, 34675: 7})  # types that the values do not tell
-        ifd.update({256: W, 257: H, 258: (8 * self.dtype.itemsize,) * C, 259: 8, 262: 2 if C >= 3 else 1, 273: (0,) * len(self.offsets), 277: C, 278: self.strip,
-                    279: tuple(self.counts), 282: x, 283: y, 284: 1, 296: 2 if self.tags["dpi"] else 1, 317: 2,
-                    34675: srgb_profile("rgb" if C >= 3 else "gray")})
-        if C in (2, 4):
-            ifd[338] = 2  # straight alpha
-        if self.tags["xmp"]:
-            ifd[700] = self.tags["xmp"]
-        self.file.write(b"\0" * (self.file.tell() % 2))
-        at = self.file.tell()
-        directory = bytearray(ifd.tobytes(at))
-        # Pillow counts the strips' places from the directory's end: it expects them to follow. Ours are written here.
-        entry = next(i for i in range(2, len(directory), 12) if directory[i : i + 2] == struct.pack("<H", 273))
-        place = entry + 8 if len(self.offsets) == 1 else struct.unpack_from("<I", directory, entry + 8)[0] - at
-        struct.pack_into(f"<{len(self.offsets)}I", directory, place, *self.offsets)
-        self.file.write(directory)
-        self.file.seek(4)
-        self.file.write(struct.pack("<I", at))
-
-
-class _Canvas(_Writer):
-    """What Pillow encodes, in one piece: the rows wait in memory, or in a file where they are many."""
-
-    def start(self):
-        H, W, C = self.shape
-        if picture_format(self.path) in OPAQUE:
-            C -= C in (2, 4)
-        if H * W * C <= IN_MEMORY:
-            self.canvas = np.empty((H, W, C), np.uint8)
-        else:
-            self.canvas = np.memmap(tempfile.TemporaryFile(dir=Path(self.path).parent), np.uint8, "w+", shape=(H, W, C))
-
-    def put(self, rows):
-        rows = to_depth(rows, np.uint8)
-        self.canvas[self.rows - len(rows) : self.rows] = rows if rows.shape[2] == self.canvas.shape[2] else _on_white(rows)
-
-    def finish(self, name, quality, like):
-        exif, xmp, dpi, note = (self.tags[key] for key in ("exif", "xmp", "dpi", "note"))
-        gray = self.canvas.shape[2] < 3
-        if gray and name in ("WEBP", "AVIF", "HEIF"):
-            self.canvas, gray = _colour(self.canvas, 3), False
-        options = dict(dpi=dpi) if dpi else {}
-        if name in ("JPEG", "WEBP", "AVIF", "HEIF"):
-            data = exif.tobytes() if len(exif) else b""
-            if name == "JPEG" and len(data) > 65533:
-                exif[EXIF_IFD].pop(0x927C, None)  # the maker's note: JPEG has 64 KB for all
-                data = exif.tobytes()
-            options.update(**({"exif": data} if data else {}), quality=quality, icc_profile=srgb_profile("gray" if gray else "rgb"), **({"xmp": xmp} if xmp else {}))
-        full = like.full_chroma or quality >= 98
-        if name == "JPEG" and not gray:
-            options["subsampling"] = "4:4:4" if full else "4:2:0"
-        if name in ("AVIF", "HEIF") and full:
-            options["subsampling" if name == "AVIF" else "chroma"] = "4:4:4" if name == "AVIF" else 444
-        if name == "WEBP":
-            options.update(lossless=like.lossless or quality == 100, exact=True)
-        im = Image.fromarray(self.canvas[..., 0] if self.canvas.shape[2] == 1 else self.canvas)
-        im.save(self.file, format=name, **options)
 
 
 # --- folders ---

@@ -13,8 +13,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from checkpoints import load_tensors
 from console import InputError
-from model import PRESETS, Conv3x3, NormSiLU, ResBlock, Stage, UpConv, _read_release, load_model, timestep_embedding
+from model import (
+    PRESETS,
+    Conv3x3,
+    NormSiLU,
+    ResBlock,
+    Stage,
+    UpConv,
+    load_model,
+    timestep_embedding,
+)
 from teachers import Teacher, fill, linear_path, read_state
 
 SWINUNET = PRESETS["resshift"]["net"]
@@ -347,7 +357,7 @@ class ResShift(Teacher):
 
         A published file holds the network alone: its autoencoder is another, and the steps of its chain are --chain.
         """
-        state = None if str(path).endswith(".safetensors") and Path(path).is_file() and _read_release(path)[0] else read_state(path)
+        state = None if str(path).endswith(".safetensors") and Path(path).is_file() and load_tensors(path)[0] else read_state(path)
         if state is None:
             teacher, meta = load_model(path)
             if not isinstance(teacher, cls) or teacher.one_step:

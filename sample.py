@@ -32,8 +32,9 @@ import numpy as np
 # PyTorch takes seconds to load. Where it is needed it is imported inside the functions, so that --help and a mistyped
 # flag are answered at once.
 from batch import STRIP, find_inputs, is_file_name, origin, plan
+from colour import BAND, from_planes, resized, split_alpha, to_planes
 from console import VERSION, InputError, Parser, Progress, in_range
-from pictures import BAND, MAX_PIXELS, Picture, from_pil, from_planes, losses, open_writer, read_picture, resized, split_alpha, to_planes, write_picture
+from pictures import MAX_PIXELS, as_picture, losses, open_writer, read_picture, write_picture
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
 SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45")
@@ -45,10 +46,10 @@ STEPS = 8  # of a solver, unless told
 
 @functools.lru_cache(maxsize=2)
 def _load(path, device, preset, mtime):  # mtime: a file that has changed is another file
-    from data import Task
+    from data import saved_task
     from model import load_model
     net, meta = load_model(path, device, preset)
-    return net, meta["stage"], Task(**meta["task"]) if meta["task"] else None
+    return net, meta["stage"], saved_task(meta["task"], path) if meta["task"] else None
 
 
 def load(ckpt=None, device="auto", preset=None):
@@ -119,27 +120,22 @@ def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile=
     realistic; solver and steps for a stage-1 flow (whose t is 1 by default). t_map: in place of t, a path or a gray picture laid
     over the whole, each pixel's own t; consistent: a result that H takes to image again. progress(share) is called with each tile's share
     of the work. `how` goes to `tiles.restore_rows` (rtol, atol, tile_pad). Returns a PIL picture for a PIL picture, else an
-    array like the input's, or (H, W, C) for a file. Raises InputError.
+    array like the input's, or (H, W, C) for a file; a list of these for a list of pictures. Raises InputError.
     """
     from PIL import Image
 
     from data import TASKS
     from dial import read_map
     from model import pick_device, pick_dtype
+    if isinstance(image, (list, tuple)):  # each as if it were alone: the same noise, whatever its place
+        share_of_all = progress and (lambda share: progress(share / len(image)))
+        return [upscale(one, t, seed, ckpt, device, dtype, tile, solver, steps, outscale, t_map, consistent, share_of_all, **how) for one in image]
     net, stage, task = load(ckpt, device)
     task = task or TASKS["photos"]
     if t is not None and not 0 <= t <= 1:
         raise InputError(f"t goes from 0 (fidelity) to 1 (realism), not {t}")
     ts, solver = choose(stage, task, None if t is None else [t], solver, steps)
-    if isinstance(image, (str, os.PathLike)):
-        picture = read_picture(image)
-    elif isinstance(image, Image.Image):
-        picture = from_pil(image)
-    else:
-        array = np.asarray(image)
-        if array.dtype not in (np.uint8, np.uint16) or array.ndim not in (2, 3) or array.ndim == 3 and not 1 <= array.shape[2] <= 4:
-            raise InputError(f"an array should be uint8 or uint16, (H, W) or (H, W, 1 to 4), not {array.dtype} {array.shape}")
-        picture = Picture(array.reshape(*array.shape[:2], -1))
+    picture = as_picture(image)
     height, width = picture.pixels.shape[:2]
     size = outscale and (max(1, round(height * outscale)), max(1, round(width * outscale)))
     if consistent and (task.sigma_n or outscale):

@@ -39,8 +39,8 @@ class BuildPackage(build_py):
         for name, file in modules.items():
             if file.parent == ROOT:
                 (package / file.name).write_text(oftsr.rewrite(file.read_text(encoding="utf-8"), modules), encoding="utf-8")
-        for name in ("demo.html", "demo.js"):
-            shutil.copy(ROOT / name, package / name)
+        for file in [*ROOT.glob("*.html"), *ROOT.glob("*.js")]:  # the demo's page
+            shutil.copy(file, package)
         for folder in ("weights", "assets"):
             shutil.copytree(ROOT / folder, package / folder, ignore=shutil.ignore_patterns("figures"), dirs_exist_ok=True)
 
@@ -77,7 +77,7 @@ setup(**{
     "entry_points": {"console_scripts": ["oftsr = oftsr.sample:program"]},
     "cmdclass": {"build_py": BuildPackage},
     "install_requires": ["torch>=2.10", "numpy", "pillow>=10.1", "tifffile", "imagecodecs", "safetensors", "tqdm", "ninja", "lpips", "scipy"],
-    "extras_require": {"test": ["pytest", "matplotlib", "onnx", "onnxscript", "onnxruntime", "gradio>=6", "playwright"],
+    "extras_require": {"test": ["pytest", "matplotlib", "onnx", "onnxscript", "onnxruntime", "gradio>=6", "playwright", "clean-fid", "scikit-image", "pillow-heif"], "iqa": ["pyiqa", "clean-fid"],
                        "demo": ["gradio>=6"], "export": ["onnx", "onnxscript"], "heif": ["pillow-heif"], "jxl": ["pillow-jxl-plugin"], "plot": ["matplotlib"]},
     **kernels(),
 })

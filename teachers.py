@@ -16,8 +16,9 @@ import torch
 import torch.nn as nn
 
 import kernels
+from checkpoints import load_checkpoint, load_tensors
 from console import InputError, in_range
-from model import FAMILIES, _read_release, build, find_family, load_checkpoint
+from model import FAMILIES, build, find_family
 
 LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 or eps would be 0 / 0
 BUFFERS = ("relative_position_index", "attn_mask")  # of published files, computed here
@@ -205,7 +206,7 @@ def read_state(path):
     if not Path(path).is_file():
         raise InputError(f"no weights at {path}")
     if str(path).endswith(".safetensors"):
-        state = _read_release(path)[1]
+        state = load_tensors(path)[1]
     else:
         state = load_checkpoint(path)
         for key in ("state_dict", "params_ema", "params"):

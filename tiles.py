@@ -19,7 +19,7 @@ from degradations import H_T
 from dial import along_map, map_window
 from flow import integrate, one_step
 from kernels import noise_augment
-from pictures import to_planes
+from colour import to_planes
 
 WHOLE = 1280 * 1280  # output pixels up to which a picture is restored in one piece (tile "auto")
 TILE = 1024  # side of the tiles above that: larger ones differ less from one piece, and take more memory

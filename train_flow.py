@@ -12,7 +12,6 @@ Writes ckpt.pt, log.jsonl and pictures of the validation set under --out_dir, an
 """
 import argparse
 import copy
-import sys
 
 import torch
 from tqdm import tqdm
@@ -22,11 +21,9 @@ import kernels
 import training
 from console import InputError, in_range
 from degradations import degrade
-from evaluate import validate
 from flow import integrate, one_step
 from metrics import load_lpips
-from model import PRESETS, build, load_model, network_config
-from pictures import write_picture
+from model import PRESETS, build, load_model, network_config, preset_name
 
 
 def parse_args(argv):
@@ -35,8 +32,9 @@ def parse_args(argv):
     p.add_argument("--loss", choices=("l1", "l2"), help="D of Eq. (5) (default: the task's)")
     p.add_argument("--t0_share", type=in_range(float, 0, 0.99), default=0, help="share of the pictures trained at t = 0 alone, where the most faithful picture comes from")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
-    p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), or a file of weights to start from")
+    p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), auto (resume where there is something to resume, else scratch), or a file of weights to start from")
     training.add_training_flags(p)
+    p.add_argument("--keep_best", choices=("psnr_one", "psnr_few", "lpips_one", "lpips_few"), help="keep the checkpoint whose validation was best by this, as ckpt_best.pt")
     return p.parse_args(argv)
 
 
@@ -64,6 +62,8 @@ def start_network(args, task, train_paths, start, meta):
         return network_config(task.model, task.condition, task.sigma_p, sigma_d), None
     if meta["stage"] == "distill":
         raise InputError(f"{args.init_from} is a distilled student: stage 1 starts from scratch or from a flow")
+    if (name := preset_name(start)) != task.model:
+        raise InputError(f"{args.init_from} holds the network {name!r}, not {task.model!r}: say --model {name}" if name else f"{args.init_from} does not hold the network {task.model!r}")
     if start.precond and start.precond["sigma_p"] != task.sigma_p:
         raise InputError(f"{args.init_from} was trained with --sigma_p {start.precond['sigma_p']}, not {task.sigma_p}: give the same")
     return start.config, start.state_dict()
@@ -74,7 +74,9 @@ def main(argv=None):
     task = data.resolve_task(args)
 
     # --- processes and device ---
-    run = training.begin("flow", task, args, args.out_dir or f"out/{task.name}_flow")
+    out_dir = args.out_dir or f"out/{task.name}_flow"
+    training.resolve_auto(args, out_dir, "scratch")
+    run = training.begin("flow", task, args, out_dir)
 
     # --- data ---
     checkpoint = training.find_checkpoint(run)
@@ -83,7 +85,7 @@ def main(argv=None):
     train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
 
     # --- model ---
-    config, weights = (checkpoint["model"], None) if checkpoint else start_network(args, task, train_paths, start, meta)
+    config, weights = (checkpoint["model"], checkpoint["params"]) if checkpoint else start_network(args, task, train_paths, start, meta)
     with torch.device("meta" if args.dry_run else "cpu"):
         model = build(config)
     training.announce(run, model, train_paths, val_paths)
@@ -92,17 +94,18 @@ def main(argv=None):
     if weights:
         model.load_state_dict(weights)
     model.to(run.device, memory_format=torch.channels_last)
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    training.spare_memory(model, run)
     state = training.first_state(run, model)
     if checkpoint:
         training.restore(run, state, checkpoint)
-    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    training.open_folder(run, state)
     net = training.parallel(torch.compile(model) if args.compile else model, run)
 
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
+    training.check_best(run, lpips)
     val = data.validation_pictures(val_paths, task, args.eval_pictures) if run.master else None
-    if run.master:
-        training.rewind_log(run.out_dir / "log.jsonl", state.step)
 
     def predict(x_lr, seeds):  # with the averaged weights, in one step and in a few
         with run.autocast():
@@ -112,57 +115,55 @@ def main(argv=None):
 
     # --- the loop ---
     signals, stop = training.Signals(), 0  # stop: the signal that all processes have agreed to stop for
-    batches = training.batches(run, train_paths, state.step)
+    batches = training.batches(run, train_paths, state.seen)
     meter = training.Meter(run, (2, 10), state.step)  # loss and count by tenth of t
     bar = tqdm(total=args.max_iters, initial=state.step, disable=None if run.master else True, unit="step")
-    saved = state.step  # the step that ckpt.pt holds
-    while True:
-        if state.step > saved and (state.step % args.eval_interval == 0 or state.step >= args.max_iters or stop):
-            if run.master and not stop:
-                state.ema.copy_to(ema_model)
-                state.scores, grid = validate(predict, val, task, lpips, run.device)
-                training.log(run, dict(step=state.step, **state.scores))
-                write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
-            if run.master:
-                training.save(run, state)
-                if args.always_save_checkpoint:
-                    training.save(run, state, f"ckpt_{state.step:07d}.pt")
-            saved = state.step
-            meter.restart_clock(state.step)
-        if state.step >= args.max_iters or stop:
-            break
+    with training.last_save(run, state):
+        while True:
+            due = state.step % args.eval_interval == 0 or state.step >= args.max_iters
+            if state.step and (due or stop):
+                if state.step > state.saved:
+                    training.check(run, state, meter, train_paths)
+                    training.save(run, state)
+                if not stop:
+                    state.ema.copy_to(ema_model)
+                if run.master and state.step > state.validated and not stop:
+                    training.validate(run, state, predict, val, lpips, signals)
+                stop = stop or signals.agreed(run)
+                meter.restart_clock(state.step)
+            if state.step >= args.max_iters or stop:
+                break
 
-        training.before_update(run, state)
-        for micro in range(args.gradient_accumulation_steps):
-            x_1, n, seeds, t = training.next_batch(run, batches)
-            x_in, target, t = make_pair(x_1, seeds, t, task, args, model.to_latents)
-            training.exchange_gradients(net, micro == args.gradient_accumulation_steps - 1)
-            with run.autocast():
-                losses = flow_loss(net, x_in, target, t, task.loss)
-                (losses.mean() / args.gradient_accumulation_steps).backward()
-            tenth = (t * 10).long().clamp(max=9)
-            meter.sums[0].index_add_(0, tenth, losses.detach())
-            meter.sums[1].index_add_(0, tenth, torch.ones_like(losses))
-        norm = training.update(run, state)
-        bar.update()
+            training.before_update(run, state)
+            for micro in range(args.gradient_accumulation_steps):
+                x_1, n, seeds, t = training.next_batch(run, batches)
+                x_in, target, t = make_pair(x_1, seeds, t, task, args, model.to_latents)
+                training.exchange_gradients(net, micro == args.gradient_accumulation_steps - 1)
+                with run.autocast():
+                    losses = flow_loss(net, x_in, target, t, task.loss)
+                    loss = losses.mean()
+                    (loss / args.gradient_accumulation_steps).backward()
+                meter.add(loss)
+                tenth = (t * 10).long().clamp(max=9)
+                meter.sums[0].index_add_(0, tenth, losses.detach())
+                meter.sums[1].index_add_(0, tenth, torch.ones_like(losses))
+            norm = training.update(run, state)
+            bar.update()
 
-        stop = signals.agreed(run)
-        if state.step % args.log_interval == 0:
-            sums, speed = meter.read(state.step)
-            loss = (sums[0].sum() / sums[1].sum()).item()
-            training.check_loss(run, state, loss)
-            by_t = [round(a / max(b, 1), 5) for a, b in zip(*sums.tolist())]
-            training.log(run, dict(step=state.step, loss=loss, grad_norm=norm.item(), lr=training.learning_rate(state.step - 1, args),
-                                   images_per_s=speed, loss_by_t=by_t), hidden=("loss_by_t",))
-            bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
+            stop = signals.agreed(run)
+            if state.step % args.log_interval == 0:
+                training.check(run, state, meter, train_paths)
+                sums, speed = meter.read(state.step)
+                loss = (sums[0].sum() / sums[1].sum()).item()
+                by_t = [round(a / max(b, 1), 5) for a, b in zip(*sums.tolist())]
+                training.log(run, dict(step=state.step, loss=loss, grad_norm=norm.item(), lr=training.learning_rate(state.step - 1, args),
+                                       images_per_s=speed, loss_by_t=by_t), hidden=("loss_by_t",))
+                bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
     bar.close()
-    if run.master and state.step >= args.max_iters:
+    if state.step >= args.max_iters:
         training.release(run, state, ema_model)
     training.end(run, state, stop)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:  # one from a loader's process comes wrapped in its traceback
-        sys.exit(f"train_flow.py: {str(e).splitlines()[-1].removeprefix('console.InputError: ')}")
+    training.program(main, "train_flow.py")

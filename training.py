@@ -5,30 +5,51 @@ it: the flags; `begin`, one Run a process; `find_checkpoint`, where a run starts
 checkpoint holds; `parallel`, several processes as one; `next_batch` to `update`, one step; and at its end signals, log, save.
 """
 import argparse
+import importlib.metadata
+import itertools
 import json
 import math
 import os
+import platform
 import signal
+import statistics
+import subprocess
+import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 import folders
+import kernels
+from checkpoints import copy_file, load_checkpoint, one_before, save_checkpoint
 from console import InputError, atomic_write, in_range
-from degradations import to_float
-from model import UNet, count_macs, keep_freed_memory, load_checkpoint, pick_device, pick_dtype, save_release
+from degradations import degrade, to_float
+from metrics import psnr_rgb
+from model import Stage, check_fits, count_macs, keep_freed_memory, named, network_of, pick_device, pick_dtype, save_release
+from pictures import write_picture
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Settings that may change on resume: what they change is not what is learnt.
 FREE = {"init_from", "max_iters", "out_dir", "data_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
-        "always_save_checkpoint", "lpips_backbone", "num_workers", "compile", "dry_run", "dataset"}
+        "always_save_checkpoint", "keep_best", "lpips_backbone", "num_workers", "compile", "grad_checkpoint", "shard", "dry_run", "dataset", "teacher"}
+
+
+class Diverged(InputError):
+    """The training has gone wrong: what it holds now must not be saved over what it held."""
 
 
 # --- flags ---
@@ -61,6 +82,8 @@ def add_training_flags(parser):
     g.add_argument("--num_workers", type=in_range(int, -1), default=-1, help="processes that read pictures; -1: 0 on a CPU, else up to 8")
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
+    g.add_argument("--grad_checkpoint", action="store_true", help="keep only what goes from block to block for the backward pass, and make the rest again: less memory, more time")
+    g.add_argument("--shard", action="store_true", help="share the weights, their average and the optimizer's numbers out among the processes (torch's FSDP), for networks that are too large for one")
     g.add_argument("--compile", action="store_true", help="torch.compile the network")
     g.add_argument("--dry_run", action="store_true", help="print settings, parameters and MACs, and stop")
 
@@ -93,6 +116,8 @@ class Run:
     dtype: torch.dtype  # of the network's arithmetic
     settings: dict  # what a checkpoint keeps of all this
     memory: dict = None  # and of the lists of pictures: folders.remember's
+    lock: object = None  # the open file that says that the folder is taken
+    fell_back: bool = False  # ckpt.pt is broken: going on from the one before it
 
     @property
     def master(self):
@@ -111,20 +136,74 @@ class Run:
             tqdm.write(text)
 
 
+def program(main, name):
+    """Run a script's main: what is wrong ends it in one line, a terminal that goes away does not end it."""
+    sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
+    try:
+        main()
+    except (InputError, OSError) as e:  # one from a loader's process comes wrapped in its traceback
+        sys.exit(f"{name}: {str(e).splitlines()[-1].removeprefix('console.InputError: ')}")
+    except RuntimeError as e:
+        if "DataLoader worker" in str(e):
+            sys.exit(f"{name}: a process that reads pictures died (killed, or /dev/shm is full: fewer --num_workers need less): {str(e).splitlines()[0]}")
+        if dist.is_initialized() and any(word in str(e) for word in ("Connection", "gloo", "NCCL", "Broken pipe")):
+            sys.exit(f"{name}: another process of this training is gone: {str(e).splitlines()[0]}")
+        raise
+
+
+class Tolerant:
+    """A stream whose reader may go away (`| head`, a closed terminal, a full disk behind >): what is written then is lost, no more."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.give_up()
+            return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.give_up()
+
+    def give_up(self):  # what is still in the buffer would raise again, at the very end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def begin(stage, task, args, out_dir):
-    """The Run of this process: joins the others that torchrun started, takes its device, seeds what is drawn before the first batch."""
+    """The Run of this process: joins the others that torchrun started, takes its device, seeds what is drawn before the first batch.
+
+    Raises InputError if there is no such device, or the others cannot be joined.
+    """
     rank, world, local_world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     fill_in(args, data.RECIPES[task.name][stage], world)
     keep_freed_memory()
     device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world))
+            # After torchrun --max-restarts the store may still say where the processes of the life before listened.
+            store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        except (RuntimeError, ValueError) as e:  # no such backend, a port in use, no answer
+            raise InputError(f"process {rank} of {world} cannot join the others: {str(e).splitlines()[0]}") from None
     torch.manual_seed(args.seed)  # the initial weights; everything else is drawn by picture number
-    return Run(stage, task, args, Path(out_dir), rank, world, local_world, device, pick_dtype(args.dtype, device), {**vars(args), "world": world})
+    settings = {**vars(args), "world": world, "arithmetic": f"{device.type} {dtype}", "torch": str(torch.__version__)}
+    return Run(stage, task, args, Path(out_dir), rank, world, local_world, device, dtype, settings)
 
 
 def end(run, state, stopped):
-    """Leaves the other processes; after a signal with the exit code that a scheduler expects, 128 + its number."""
+    """Leaves the other processes and the folder; after a signal with the exit code that a scheduler expects, 128 + its number."""
+    if run.lock:
+        run.lock.close()
     if run.world > 1:
         dist.destroy_process_group()
     if run.device.type == "cuda":
@@ -136,18 +215,80 @@ def end(run, state, stopped):
 
 def parallel(module, run):
     """The module as one of several processes: gradients are their mean."""
-    if run.world == 1:
+    if run.world == 1 or isinstance(module, FSDPModule):
         return module
     return DistributedDataParallel(module, device_ids=[run.device.index] if run.device.type == "cuda" else None)
+
+
+def spare_memory(model, run):
+    """What --grad_checkpoint and --shard ask of a model, in place. Raises InputError where it cannot be."""
+    stages = [m for m in model.modules() if isinstance(m, Stage)]
+    if run.args.grad_checkpoint and not stages:
+        raise InputError("--grad_checkpoint knows the blocks of this project's U-Net, which this network is not")
+    for stage in stages:
+        stage.recompute = run.args.grad_checkpoint
+    if run.args.shard:
+        shard(model, run)
+
+
+def shard(model, run):
+    """With --shard the weights of every block are spread over the processes, and are brought together only while it computes. In place.
+
+    What is then a part of a tensor (a DTensor) is made whole by `whole`, and a whole one a part by `like`. Raises InputError where it cannot be.
+    """
+    if run.world == 1:
+        raise InputError("--shard shares the weights out among processes: start them with torchrun --nproc_per_node N")
+    if run.args.optimizer == "muon":
+        raise InputError("--shard with --optimizer muon: its steps need whole matrices; use adam")
+    model.to(memory_format=torch.contiguous_format)  # it takes no other
+    mesh = dist.init_device_mesh(run.device.type, (run.world,))
+    for part in ("input_blocks", "middle_block", "output_blocks"):
+        for block in getattr(model, part, ()):
+            if any(True for _ in block.parameters()):
+                fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(tensor):
+    """A tensor that is spread over the processes, made whole on the CPU by all of them together; any other as it is."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor, pattern):
+    """A whole tensor spread over the processes as the pattern is; any other as it is."""
+    return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements) if isinstance(pattern, DTensor) else tensor
 
 
 def exchange_gradients(module, now):
     """Whether the next backward pass exchanges gradients between processes: of the batches that are summed only the last does."""
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = now
+    elif isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(now)
 
 
 # --- where a run starts ---
+
+
+def resolve_auto(args, out_dir, fresh):
+    """--init_from auto is resume where there is something to resume, else `fresh`: one command that starts and goes on."""
+    if args.init_from == "auto":
+        path = Path(out_dir) / "ckpt.pt"
+        args.init_from = "resume" if path.exists() or one_before(path).exists() else fresh
+
+
+def open_checkpoint(out_dir):
+    """(a run's newest checkpoint that is whole, whether it is the one before the newest). Raises InputError if there is none."""
+    path = Path(out_dir) / "ckpt.pt"
+    try:
+        return load_checkpoint(path), False
+    except InputError as e:
+        if not one_before(path).is_file():
+            raise
+        checkpoint = load_checkpoint(one_before(path))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{e}: going on from the one before it, {one_before(path).name}", file=sys.stderr)
+        return checkpoint, True
 
 
 def absent(args, path):
@@ -160,19 +301,62 @@ def find_checkpoint(run):
     path = run.out_dir / "ckpt.pt"
     if run.args.init_from != "resume":
         if path.exists() and not run.args.dry_run:
-            raise InputError(f"{run.out_dir} holds a training already: --init_from resume goes on with it, another --out_dir leaves it alone")
+            raise InputError(f"{run.out_dir} holds a training already: --init_from resume goes on with it (auto does, or else starts one), another --out_dir leaves it alone")
         return None
-    checkpoint = load_checkpoint(path)
-    if checkpoint.get("stage") != run.stage:
-        raise InputError(f"{path} is not a checkpoint of this script (its stage is {checkpoint.get('stage')}, not {run.stage})")
+    checkpoint, run.fell_back = open_checkpoint(run.out_dir)
+    check_contents(run, checkpoint, path)
     task = asdict(run.task)
-    before = {k: type(v)() for k, v in task.items()} | checkpoint["task"]  # a cell that there was not yet was off
-    if changed := [f"{k} {before[k]}, not {v}" for k, v in task.items() if before[k] != v]:
+    was = {k: type(v)() for k, v in task.items()} | checkpoint["task"]  # a cell that there was not yet was off
+    if changed := [f"{k} {was[k]}, not {v}" for k, v in task.items() if was[k] != v]:
         raise InputError(f"{path} was trained with {'; '.join(changed)}: to resume, give the same")
     for key, flag in (("optimizer", "optimizer"), ("objective", "loss")):
-        if (before := checkpoint["args"].get(key)) != run.settings.get(key):
-            raise InputError(f"{path} was trained with --{flag} {before}: to resume, give the same")
+        if (was := checkpoint["args"].get(key)) != run.settings.get(key):
+            raise InputError(f"{path} was trained with --{flag} {was}: to resume, give the same")
+    keep_global_batch(run, checkpoint["args"])
     return checkpoint
+
+
+def check_contents(run, checkpoint, path):
+    """Raises InputError if a checkpoint is not one of this stage, or does not hold what it says."""
+    if checkpoint.get("stage") != run.stage:
+        raise InputError(f"{path} is not a checkpoint of this script (its stage is {checkpoint.get('stage')}, not {run.stage})")
+    kinds = dict(task=dict, model=dict, step=int, scores=dict, args=dict, params=dict, ema=dict, optimizers=list)
+    for name, kind in kinds.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise InputError(f"{path} is not a checkpoint of a training: its {name} is a {type(checkpoint.get(name)).__name__}")
+    net, average = network_of(checkpoint["model"], path), checkpoint["ema"].get("shadow_params")
+    check_fits(net, checkpoint["params"], path)
+    check_fits(net, named(net, average, checkpoint["params"]) if isinstance(average, list) else {}, path)
+    if not isinstance(checkpoint["ema"].get("num_updates"), int):
+        raise InputError(f"{path} is not a checkpoint of a training: its average does not say how many updates it has seen")
+
+
+def keep_global_batch(run, was):
+    """With another number of processes than the settings `was` had: their pictures an update, shared out anew. Raises InputError if they do not divide."""
+    args, world = run.args, was.get("world")
+    same = (was.get("batch_size"), was.get("gradient_accumulation_steps")) == (args.batch_size, args.gradient_accumulation_steps)
+    if world in (run.world, None) or not same:
+        return
+    total = args.batch_size * args.gradient_accumulation_steps * world
+    if total % run.world:
+        raise InputError(f"the {total} pictures an update do not divide among {run.world} processes: take another number, or give --batch_size and --gradient_accumulation_steps anew")
+    share = total // run.world
+    args.batch_size = max(n for n in range(1, args.batch_size + 1) if share % n == 0)
+    args.gradient_accumulation_steps = share // args.batch_size
+    run.settings.update(batch_size=args.batch_size, gradient_accumulation_steps=args.gradient_accumulation_steps)
+    run.say(f"{run.world} processes, not {world}: --batch_size {args.batch_size} --gradient_accumulation_steps {args.gradient_accumulation_steps} "
+            f"keep the global batch of {total}")
+
+
+def differences(run, was):
+    """What is not as in the settings `was`, in words, as far as it makes another training than an uninterrupted one."""
+    ours = {k: v for k, v in run.settings.items() if k not in FREE and k not in data.Task.__dataclass_fields__}
+    if run.args.lr_decay != "none":
+        ours["max_iters"] = run.args.max_iters  # the learning rate falls towards it
+    if was.get("batch_size", 0) * was.get("gradient_accumulation_steps", 0) * was.get("world", 0) == run.per_step:
+        ours = {k: v for k, v in ours.items() if k not in ("batch_size", "gradient_accumulation_steps", "world")}  # the same pictures
+    flags = vars(run.args)
+    return [f"{'--' if k in flags else ''}{k} {v}, not {was[k]}" for k, v in ours.items() if k in was and was[k] != v]
 
 
 def find_pictures(run, checkpoint, origins=()):
@@ -213,12 +397,18 @@ def announce(run, model, train_paths, val_paths):
 @dataclass
 class State:
     """All that training changes: a run that goes on from a checkpoint of it is the run that never stopped."""
-    model: UNet
+    model: nn.Module
     optimizers: list
     ema: "EMA"
     critic: nn.Module = None  # of distill.py --loss perceptual
     step: int = 0  # updates done
+    seen: int = 0  # pictures
+    least: float = math.inf  # the lowest mean loss between two looks at it
     scores: dict = field(default_factory=dict)  # of the last validation
+    saved: int = 0  # the step that ckpt.pt holds
+    validated: int = 0  # the step of the last validation
+    whole: bool = True  # False in the middle of an update
+    bad_step: torch.Tensor = None  # the first step whose gradient was not finite, inf before; stays on the device
 
 
 def first_state(run, model, critic=None):
@@ -226,52 +416,104 @@ def first_state(run, model, critic=None):
     optimizers = make_optimizers(model, run.args.optimizer, run.args.learning_rate, run.dtype)
     if critic:
         optimizers.append(torch.optim.Adam(critic.parameters(), lr=run.args.learning_rate, betas=(0.5, 0.99)))  # short memory: what it judges changes
-    return State(model, optimizers, EMA(model, run.args.ema), critic)
+    run.settings["kernels"] = "extension" if run.device.type in kernels.extension_devices() else "PyTorch"
+    return State(model, optimizers, EMA(model, run.args.ema), critic, bad_step=torch.tensor(math.inf, device=run.device))
 
 
-def save(run, state, name="ckpt.pt"):
-    """Write the state into the run's folder: tensors and plain types only, so that weights_only=True loads it. Whole or not at all."""
-    if not all(p.isfinite().all() for p in state.model.parameters()):
-        raise InputError(f"the weights are not finite at step {state.step}: lower --learning_rate; {run.out_dir}/ckpt.pt stays as it was")
+def save(run, state):
+    """Write the state into the run's folder: tensors and plain types only, so that weights_only=True loads it. The one before is kept.
+
+    Raises Diverged, and leaves the folder as it was, if the weights or their average are not finite.
+    """
+    params = {name: whole(p) for name, p in state.model.state_dict().items()}
+    ema = {**state.ema.state_dict(), "shadow_params": [whole(p) for p in state.ema.shadow_params]}
+    optimizers = [{**kept, "state": {i: {k: whole(m) for k, m in moments.items()} for i, moments in kept["state"].items()}}
+                  for kept in (o.state_dict() for o in state.optimizers)]
     critic = dict(critic=state.critic.state_dict()) if state.critic else {}
-    save_checkpoint(run.out_dir / name, dict(
-        stage=run.stage, task=asdict(run.task), model=state.model.config, step=state.step, scores=state.scores, args=run.settings, data=run.memory,
-        params=state.model.state_dict(), ema=state.ema.state_dict(), optimizers=[o.state_dict() for o in state.optimizers], **critic))
+    if run.master:
+        for what, values in (("weights", params.values()), ("averaged weights", ema["shadow_params"]), ("critic's weights", critic.get("critic", {}).values())):
+            if not all(p.isfinite().all() for p in values):
+                raise Diverged(f"the {what} are not finite at step {state.step}: lower --learning_rate; {last_good(run, state)}")
+        save_checkpoint(run.out_dir / "ckpt.pt", dict(
+            stage=run.stage, task=asdict(run.task), model=state.model.config, step=state.step, seen=state.seen, least=state.least, scores=state.scores,
+            args=run.settings, data=run.memory, params=params, ema=ema, optimizers=optimizers, **critic))
+        if run.args.always_save_checkpoint:
+            copy_file(run.out_dir / "ckpt.pt", run.out_dir / f"ckpt_{state.step:07d}.pt")
+    state.saved = state.step
+
+
+def last_good(run, state):
+    """Where the last checkpoint is, in words."""
+    return f"{run.out_dir}/ckpt.pt keeps step {state.saved}" if state.saved else "nothing was saved yet"
+
+
+@contextmanager
+def last_save(run, state):
+    """Whatever ends the loop by surprise (a killed loader, a lost process, no memory, a bad picture too many) costs no step: the state is saved first."""
+    try:
+        yield
+    except Diverged:
+        raise
+    except BaseException:
+        if run.master and state.whole and state.step > state.saved and not run.args.shard:  # the others' parts are gone
+            try:
+                save(run, state)
+                run.say(f"saved step {state.step} before the error below")
+            except InputError as e:  # the first error says more
+                run.say(f"not saved: {e}")
+        raise
 
 
 def restore(run, state, checkpoint):
-    """Put a checkpoint's contents into the state, and say what is not as it was."""
-    state.model.load_state_dict(checkpoint["params"])
-    for optimizer, kept in zip(state.optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(kept)
-    state.ema.load_state_dict(checkpoint["ema"])
-    if state.critic:
-        state.critic.load_state_dict(checkpoint["critic"])
-    state.step, state.scores = checkpoint["step"], checkpoint["scores"]
-    other = [k for k, v in run.settings.items() if k not in FREE and k not in asdict(run.task) and checkpoint["args"].get(k) != v]
-    run.say(f"resumed at step {state.step}" + (f", not as before: {', '.join(f'--{k}' for k in other)}" if other else ""))
+    """Put a checkpoint's contents, but for the weights that the model has from it, into the state, and say what is not as it was. Raises InputError if they do not fit."""
+    was = checkpoint["args"]
+    try:
+        for optimizer, kept in zip(state.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": checked_moments(optimizer, kept["state"])})
+        state.ema.load_state_dict(checkpoint["ema"])
+        if state.critic:
+            state.critic.load_state_dict(checkpoint["critic"])
+        state.seen = int(checkpoint.get("seen", checkpoint["step"] * was["batch_size"] * was["gradient_accumulation_steps"] * was.get("world", 1)))
+        state.least = float(checkpoint.get("least", math.inf))
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise InputError(f"{run.out_dir}/ckpt.pt does not hold this training: {(str(e) or type(e).__name__).splitlines()[0]}") from e
+    state.step = state.saved = checkpoint["step"]
+    state.scores = checkpoint["scores"]
+    changed = differences(run, was)
+    run.say(f"resumed at step {state.step}" + (f", not as before: {'; '.join(changed)}" if changed else ""))
 
 
-def save_checkpoint(path, checkpoint):
-    """A dict of tensors and plain types to a file. Atomic."""
-    atomic_write(path, lambda tmp: torch.save(checkpoint, tmp))
+def checked_moments(optimizer, kept):
+    """An optimizer's state, {number of the parameter: {name: tensor}}, spread as its parameters are. Raises ValueError if it is not of their shapes."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if sorted(kept) != list(range(len(params))):
+        raise ValueError(f"the optimizer has {len(params)} parameters, the checkpoint {len(kept)}")
+    for i, moments in kept.items():
+        for name, m in moments.items():
+            if name != "step" and (m.shape != params[i].shape or not m.isfinite().all()):
+                raise ValueError(f"the optimizer's {name} of parameter {i} is not a finite tensor of its shape")
+    return {i: {name: m if name == "step" else like(m, params[i]) for name, m in moments.items()} for i, moments in kept.items()}
 
 
 def release(run, state, ema_model):
     """Write weights.safetensors: the averaged weights to keep or to share."""
     state.ema.copy_to(ema_model)
-    save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores, data=run.memory))
+    if run.master:
+        save_release(run.out_dir / "weights.safetensors", ema_model, dict(stage=run.stage, task=asdict(run.task), step=state.step, scores=state.scores, data=run.memory))
 
 
 # --- one step ---
 
 
-def batches(run, paths, step):
-    """The batches of this process from update `step` on, without end: ((B, 3, S, S) uint8, (B,) int64 picture numbers)."""
+def batches(run, paths, seen):
+    """The batches of this process from picture number `seen` on, without end: ((B, 3, S, S) uint8, (B,) int64 picture numbers)."""
     workers = run.args.num_workers
     if workers < 0:
         workers = 0 if run.device.type == "cpu" else min(8, os.cpu_count() // run.local_world)
-    return data.training_batches(paths, run.task, run.args.seed, run.args.batch_size, step * run.per_step, run.rank, run.world, workers)
+    loader = data.training_batches(paths, run.task, run.args.seed, run.args.batch_size, seen, run.rank, run.world, workers)
+    if workers and hasattr(signal, "SIGCHLD"):  # torch's handler would raise in the middle of an update; next() finds a dead loader, too
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return loader
 
 
 def next_batch(run, loader):
@@ -300,11 +542,14 @@ def before_update(run, state):
 def update(run, state):
     """One step of all optimizers with the gradients that have gathered, and of the average: the gradient's norm, before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), run.args.grad_clip or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    state.bad_step = torch.where(norm.isfinite(), state.bad_step, state.bad_step.clamp(max=state.step + 1))  # no waiting for the device
+    state.whole = False
     for optimizer in state.optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     state.ema.update(state.model)
-    state.step += 1
+    state.step, state.seen, state.whole = state.step + 1, state.seen + run.per_step, True
     return norm
 
 
@@ -312,18 +557,25 @@ def update(run, state):
 
 
 class Signals:
-    """SIGTERM and SIGINT ask for a last save: `asked` is the number of the one that came, 0 before."""
+    """A signal (data.STOPPING) asks for a last save: `asked` is the number of the one that came, 0 before.
+
+    So does the end of torchrun, by kill -9, of which no signal tells its processes: they would train on as orphans.
+    """
 
     def __init__(self):
         self.asked = 0
-        for s in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(s, self.ask)
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        for s in data.STOPPING:
+            if signal.getsignal(s) != signal.SIG_IGN:  # nohup's
+                signal.signal(s, self.ask)
 
     def ask(self, signum, frame):
-        self.asked = signum
+        self.asked = int(signum)
 
     def agreed(self, run):
         """The signal that all processes stop for, together, after the same step; 0: they go on."""
+        if self.launcher and os.getppid() != self.launcher:
+            self.asked = self.asked or int(signal.SIGTERM)
         if run.world == 1:
             return self.asked
         flag = torch.tensor(self.asked)  # on the CPU, so that no GPU waits
@@ -331,15 +583,113 @@ class Signals:
         return int(flag)
 
 
-# --- log ---
+# --- the run's folder: log, pictures, who holds it ---
+
+
+def open_folder(run, state):
+    """Takes the run's folder for this run alone, notes the start in starts.jsonl, and rewinds the log to the state. Raises InputError if another run holds it."""
+    if not run.master:
+        return
+    path = run.out_dir / "ckpt.pt"
+    try:
+        run.out_dir.mkdir(parents=True, exist_ok=True)
+        run.lock = open(run.out_dir / "starts.jsonl", "a")  # noqa: SIM115, open as long as the run lives
+        take(run.lock, run.out_dir)
+        if run.fell_back:
+            if path.exists():
+                os.replace(path, path.with_name("ckpt_broken.pt"))
+            copy_file(one_before(path), path)
+        run.lock.write(json.dumps(about(run, state)) + "\n")
+        run.lock.flush()
+    except OSError as e:
+        raise InputError(f"cannot write into {run.out_dir}: {e.strerror}") from e
+    entries = rewind_log(run, state)
+    for entry in entries:
+        if "psnr_lr" in entry:
+            state.validated, state.scores = entry["step"], {k: v for k, v in entry.items() if k != "step"}
+
+
+def take(file, folder, wait=10):
+    """Locks an open file until it is closed or the process ends, however it ends. Raises InputError if another process has it for `wait` seconds more.
+
+    Where there are no such locks (Windows, some network file systems) there is no protection.
+    """
+    for attempt in range(10 * wait + 1):
+        try:
+            return fcntl and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if attempt == 10 * wait:
+                raise InputError(f"another process trains into {folder}: stop it, or give another --out_dir") from None
+            time.sleep(0.1)
+        except OSError:
+            return None
+
+
+def about(run, state):
+    """What a later reader wants to know of a start: settings, code, versions, machine."""
+    def git(*args):
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
+        return done.stdout.strip() or None
+    try:
+        revision = git("describe", "--always", "--dirty", "--abbrev=12")
+    except OSError:  # no git
+        revision = None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow", "safetensors")}
+    gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
+    return dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=state.step, argv=sys.argv, settings=run.settings, task=asdict(run.task), git=revision,
+                versions=dict(python=platform.python_version(), **versions),
+                machine=dict(name=platform.node(), system=platform.platform(), cpus=os.cpu_count(), gpu=gpu, processes=run.world))
+
+
+def rewind_log(run, state):
+    """Drop from log.jsonl what came after the state, which will come again, and a line that a kill cut short: the entries that stay.
+
+    Of a run that begins anew in the folder of an old log (its ckpt.pt is gone, or never was), the old log is set aside.
+    """
+    def parse(line):
+        try:
+            entry = json.loads(line)
+            return entry if entry["step"] <= state.step else None
+        except (ValueError, TypeError, KeyError):
+            return None
+    path = run.out_dir / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    if text and state.step == 0:
+        aside = path.with_name("log_before.jsonl")
+        os.replace(path, aside)
+        run.say(f"{run.out_dir} held the log of another training, but no checkpoint: it is now {aside.name}")
+        text = ""
+    entries = [entry for line in text.splitlines() if (entry := parse(line))]
+    atomic_write(path, lambda tmp: tmp.write_text("".join(json.dumps(entry) + "\n" for entry in entries)))
+    return entries
+
+
+def log(run, entry, hidden=()):
+    """A line for log.jsonl, a dict of plain types with "step", shown on the terminal but for the keys hidden. What cannot be written is said, and shown alone."""
+    if not run.master:
+        return
+    path = run.out_dir / "log.jsonl"
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(entry) + "\n")
+    except OSError as e:
+        run.say(f"cannot write {path}: {e.strerror}; the training goes on")
+    run.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items() if k not in hidden))
 
 
 class Meter:
     """Sums over the steps since the last line of the log, and pictures a second."""
 
     def __init__(self, run, shape, step):
-        self.run, self.sums = run, torch.zeros(shape, device=run.device)
+        self.run, self.sums, self.total = run, torch.zeros(shape, device=run.device), torch.zeros(2, device=run.device)
+        self.first = None  # the loss of the first batch
         self.restart_clock(step)
+
+    def add(self, loss):
+        """Count one batch's loss, a tensor of one number."""
+        loss = loss.detach()
+        self.first = loss if self.first is None else self.first
+        self.total += torch.stack([loss, torch.ones_like(loss)])
 
     def restart_clock(self, step):
         """What was done until now (a validation, a save) does not count as training."""
@@ -351,33 +701,79 @@ class Meter:
             dist.all_reduce(self.sums)
         sums, speed = self.sums.clone(), (step - self.step) * self.run.per_step / (time.time() - self.since)
         self.sums.zero_()
+        self.total.zero_()
         self.restart_clock(step)
         return sums, round(speed, 1)
 
 
-def check_loss(run, state, loss):
-    """Raises InputError if the loss is not a number."""
-    if not math.isfinite(loss):
-        raise InputError(f"the loss is {loss} at step {state.step}: lower --learning_rate; {run.out_dir}/ckpt.pt stays as it was")
+def check(run, state, meter, paths):
+    """Raises Diverged if a gradient since the last check was not finite, or the mean loss is a hundred times the lowest that it was.
+
+    Names the step and its pictures, and the checkpoint that is still good. To be called before every save and reading of the meter.
+    """
+    total, count = meter.total.tolist()
+    if (bad := state.bad_step.item()) < math.inf:
+        numbers = range(state.seen - int(state.step - bad + 1) * run.per_step, state.seen - int(state.step - bad) * run.per_step)
+        order = data.Order(len(paths), run.args.seed, numbers[0])
+        names = [str(paths[i]) for i, _ in itertools.islice(order, len(numbers))]
+        some = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise Diverged(f"the loss or its gradient is not finite at step {bad:.0f}, of the pictures {some}: lower --learning_rate; {last_good(run, state)}")
+    if not count:
+        return
+    if state.least == math.inf:
+        state.least = meter.first.item()
+    if total / count > 100 * state.least > 0:
+        raise Diverged(f"the loss rose from {state.least:.3g} to {total / count:.3g} by step {state.step}: lower --learning_rate; {last_good(run, state)}")
+    state.least = min(state.least, total / count)
 
 
-def log(run, entry, hidden=()):
-    """A line for log.jsonl, a dict of plain types with "step", shown on the terminal but for the keys hidden."""
-    if run.master:
-        with open(run.out_dir / "log.jsonl", "a") as f:
-            f.write(json.dumps(entry) + "\n")
-        run.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items() if k not in hidden))
+def validate(run, state, predict, pictures, lpips, signals):
+    """A look at the pictures (N, 3, S, S) uint8: a line of the log, and val_STEP.png. Broken off by a signal, as if it had not begun."""
+    scores, grid = look(predict, pictures, run.task, lpips, run.device, signals)
+    if scores:
+        state.scores, state.validated = scores, state.step
+        log(run, dict(step=state.step, **scores))
+        write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
+        keep_best(run, scores)
 
 
-def rewind_log(path, step):
-    """Drop from a log.jsonl what came after `step`, which will come again, and a line that a kill cut short."""
-    def wanted(line):
-        try:
-            return json.loads(line)["step"] <= step
-        except ValueError:
-            return False
-    lines = [line for line in path.read_text().splitlines() if wanted(line)] if path.exists() else []
-    atomic_write(path, lambda tmp: tmp.write_text("".join(line + "\n" for line in lines)))
+def keep_best(run, scores):
+    """--keep_best METRIC: after a validation that gave its best value so far, as log.jsonl knows, ckpt.pt is ckpt_best.pt too (Appendix E)."""
+    if name := run.args.keep_best:
+        lines = [json.loads(line) for line in (run.out_dir / "log.jsonl").read_text().splitlines()]
+        values = [line[name] for line in lines if name in line]
+        if scores[name] == (min if name.startswith("lpips") else max)(values):
+            copy_file(run.out_dir / "ckpt.pt", run.out_dir / "ckpt_best.pt")
+
+
+def check_best(run, lpips):
+    """Raises InputError if --keep_best judges by a network that is not on this machine."""
+    if run.master and lpips is None and (run.args.keep_best or "").startswith("lpips"):
+        raise InputError(f"--keep_best {run.args.keep_best} needs LPIPS, whose AlexNet is not here")
+
+
+@torch.no_grad()
+def look(predict, pictures, task, lpips, device, signals=None):
+    """PSNR and LPIPS of what predict makes of the pictures (N, 3, S, S) uint8, and a picture of it; (None, None) if a signal comes meanwhile.
+
+    predict: x_lr (1, 3, S, S) and seeds (1,) -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
+    "lpips_NAME"}, with x_lr's own under "lr", and x_lr, the results and x_1 of the first four side by side, uint8 (H, W, 3).
+    """
+    scores, rows = {}, []
+    for i, picture in enumerate(pictures):
+        if signals and signals.asked:
+            return None, None
+        truth, seeds = to_float(picture[None]).to(device), torch.full((1,), i, device=device)
+        x_lr = degrade(truth, task, seeds)
+        results = {"lr": x_lr, **predict(x_lr, seeds)}
+        shown = {name: kernels.to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
+        for name, x in shown.items():
+            scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
+            if lpips and min(picture.shape[1:]) >= 32:  # AlexNet's pooling leaves nothing of less
+                scores.setdefault(f"lpips_{name}", []).append(lpips(to_float(x), truth).item())
+        if i < 4:
+            rows.append(torch.cat([x[0].cpu() for x in shown.values()] + [picture], dim=2))
+    return {k: statistics.fmean(v) for k, v in scores.items()}, torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
 
 
 # --- optimizers and the average ---
@@ -450,8 +846,8 @@ class EMA:
 
     @torch.no_grad()
     def copy_to(self, model):
-        """Write the averaged parameters into model."""
-        torch._foreach_copy_(self.of(model), self.shadow_params)
+        """Write the averaged parameters into model, whose own are whole."""
+        torch._foreach_copy_(self.of(model), [whole(p) for p in self.shadow_params])
         return model
 
     def state_dict(self):  # the published files' format
@@ -459,4 +855,4 @@ class EMA:
 
     def load_state_dict(self, state):
         self.num_updates = state["num_updates"]
-        torch._foreach_copy_(self.shadow_params, list(state["shadow_params"]))
+        torch._foreach_copy_(self.shadow_params, [like(p, mine) for p, mine in zip(state["shadow_params"], self.shadow_params, strict=True)])

@@ -3,7 +3,7 @@
 Each public function has a PyTorch reference of the same name and signature in reference.py, which is the definition
 of right, and a fused implementation in csrc/, in C++ and CUDA. OFTSR_KERNELS chooses, once, at first use:
 
-    auto   the extension, built at first use; PyTorch where there is no compiler (one line on stderr says so)
+    auto   the extension, built at first use; PyTorch where there is no compiler, or one that cannot build it (one line on stderr says so)
     ext    the extension, or an error
     torch  PyTorch
 
@@ -49,10 +49,10 @@ def _choose(wanted):
     gpu = torch.cuda.is_available()
     cuda = gpu and build.cuda_home() is not None
     try:
-        path = build.load(cuda)
+        path = build.load(cuda, again=wanted == "ext")
     except build.MissingTool as e:
         if wanted == "ext":
-            raise
+            raise e.__cause__ if isinstance(e.__cause__, RuntimeError) else e
         return (), f"PyTorch; {e}"
     _register()
     if gpu and not cuda:
@@ -231,6 +231,39 @@ def to_uint8(x):
     if not _native(x):
         return reference.to_uint8(x)
     return ops.to_uint8(x)
+
+
+# ---- what happens to pictures in the world: of the extension on a CPU, elsewhere PyTorch's; the same bits from both
+
+
+def _damaging(x):
+    return x.device.type == "cpu" and _native(x)
+
+
+def filter2d(x, sizes, filters):
+    """Each picture correlated with its own filter (B, k, k) float32, k odd, reflected at its edges.
+
+    x (B, C, H, W) float32, picture b being x[b, :, :h, :w] with sizes (B, 2) int64 on the CPU; beyond, the result means nothing.
+    """
+    return (ops if _damaging(x) else reference).filter2d(x, sizes, filters)
+
+
+def resample(x, rows, row_weights, cols, col_weights):
+    """Each picture resized by weighted sums of its rows (B, h, T) int64 and columns (B, w, S): x (B, C, H, W) float32 -> (B, C, h, w)."""
+    return (ops if _damaging(x) else reference).resample(x, rows, row_weights, cols, col_weights)
+
+
+def photon_noise(x, sizes, amount, gaussian, gray, quantiles, seeds, stream):
+    """Each picture with Gaussian or Poisson noise, in colour or in gray, clamped to [0, 1]: reference.photon_noise says how.
+
+    x (B, 3, H, W) float32, sizes as filter2d's; amount (B,) float32, gaussian and gray (B,) bool, quantiles (9, 256, bins) int16.
+    """
+    return (ops if _damaging(x) else reference).photon_noise(x, sizes, amount, gaussian, gray, quantiles, seeds, stream)
+
+
+def jpeg(x, sizes, factors):
+    """What JPEG leaves of each picture, x (B, 3, H, W) float32 in [0, 1]; sizes as filter2d's; factors (B,) float32 of its tables, 0: no JPEG."""
+    return (ops if _damaging(x) else reference).jpeg(x, sizes, factors)
 
 
 # ---- what PyTorch's compiler and autograd want to know of the operators

@@ -5,10 +5,17 @@ never used that does not belong to this source or this machine, be the cache on 
 Imports no torch at the top: setup.py reads this file where there may be none.
 """
 import hashlib
+import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
+import tempfile
+import threading
+import time
+import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent / "csrc"
@@ -28,7 +35,7 @@ class MissingTool(EnvironmentError):
 
 
 def sources(cuda):
-    names = ["ops.cpp", "cpu.cpp", "cpu_norm.cpp", "cpu_conv.cpp"] + (["cuda.cu", "cuda_norm.cu"] if cuda else [])
+    names = ["ops.cpp", "cpu.cpp", "cpu_norm.cpp", "cpu_conv.cpp", "cpu_damage.cpp"] + (["cuda.cu", "cuda_norm.cu"] if cuda else [])
     return [str(CSRC / name) for name in names]
 
 
@@ -53,11 +60,12 @@ def library_name(cuda):
 
 
 def compiler():
-    """The C++ compiler, or MissingTool."""
-    cxx = os.environ.get("CXX", "c++")
-    if shutil.which(cxx.split()[0]) is None:
+    """The C++ compiler that CXX names and the flags beside it, or MissingTool. ccache and its like are left out: PyTorch adds one that is there."""
+    words = shlex.split(os.environ.get("CXX", "c++"), posix=os.name == "posix") or ["c++"]
+    cxx, *flags = [w for w in words if Path(w).stem not in ("ccache", "sccache", "distcc", "icecc")] or ["c++"]
+    if shutil.which(cxx) is None:
         raise MissingTool(f"no C++ compiler ({cxx} is not on the PATH): install one (apt-get install g++), or name it in CXX")
-    return cxx
+    return cxx, flags
 
 
 def ninja():
@@ -103,7 +111,10 @@ def ahead_of_time(cuda):
 
 def cache(cuda):
     import torch
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    try:
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    except RuntimeError:  # no HOME, and nobody in the list of users
+        raise MissingTool("there is no home folder to build in: name a folder that can be written in TORCH_EXTENSIONS_DIR") from None
     target = ""
     if cuda:
         capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -112,40 +123,103 @@ def cache(cuda):
     return Path(root) / f"torch{torch.__version__}" / (library_name(cuda) + target)
 
 
-def load(cuda):
+def load(cuda, again=False):
     """Loads the library into torch.ops.oftsr, building it first if need be; returns its path.
 
-    Raises MissingTool if there is nothing to build with, and RuntimeError with the compiler's words if the build fails.
+    Raises MissingTool if there is nothing to build with, if what there is cannot build (its `from` has the compiler's
+    words), or if the library cannot be loaded where it lies. What failed to build is not tried again, unless `again`.
     """
     import torch
-    if path := ahead_of_time(cuda):
+    path = ahead_of_time(cuda)
+    if path is None:
+        folder = cache(cuda)
+        path = folder / "oftsr.so"
+        if not path.exists():
+            build(folder, path, cuda, again)
+    try:
         torch.ops.load_library(path)
-        return path
-    folder = cache(cuda)
-    path = folder / "oftsr.so"
-    if not path.exists():
-        build(folder, path, cuda)
-    torch.ops.load_library(path)
+    except OSError as e:
+        raise MissingTool(cannot_load(path, e)) from e
     return path
 
 
-def build(folder, path, cuda):
-    from filelock import FileLock  # comes with torch; the system frees it when its process dies, however it dies
-    compiler()
+def cannot_load(path, error):
+    return f"{path} cannot be loaded ({str(error).splitlines()[0]}): if programs may not run from there, name another folder in TORCH_EXTENSIONS_DIR"
+
+
+def build(folder, path, cuda, again):
+    cxx, flags = compiler()
     ninja()
+    failed = folder / "failed"
+    made_with = f"{shutil.which(cxx)} {os.stat(shutil.which(cxx)).st_mtime_ns} {flags}"
+    if not again and failed.is_file() and failed.read_text().startswith(made_with + "\n"):
+        raise MissingTool(failed.read_text().split("\n")[1] + f" (as before; without {failed} it is tried again)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.lock").touch()
+        work = tempfile.mkdtemp(prefix="build-", dir=folder)  # of this process alone: without a lock several may build
     except OSError as e:
         raise MissingTool(f"cannot write {folder} ({e.strerror}): name a folder that can be written in TORCH_EXTENSIONS_DIR") from None
-    with FileLock(folder / "build.lock"):
-        if path.exists():  # another process was first
-            return
-        from torch.utils import cpp_extension
-        if cuda:
-            use_cuda_home()
-        print(f"kernels: building the extension, once, in {folder}", file=sys.stderr, flush=True)
-        (folder / "lock").unlink(missing_ok=True)  # cpp_extension's own, which outlives a killed process
-        cpp_extension.load("oftsr_build", sources(cuda), extra_cflags=cxx_flags(cuda), extra_cuda_cflags=NVCC_FLAGS,
-                           build_directory=str(folder), with_cuda=cuda, is_python_module=False)
-        os.replace(folder / "oftsr_build.so", path)  # whole, or not there at all
+    try:
+        with sign_of_life(), one_at_a_time(folder / "build.lock"):
+            if not path.exists():  # else another process was first
+                print(f"kernels: building the extension, once, in {folder} (some seconds; a minute or more on a busy machine)", file=sys.stderr, flush=True)
+                compile_in(work, cxx, flags, cuda)
+                os.replace(Path(work) / "oftsr_build.so", path)  # whole, or not there at all
+                failed.unlink(missing_ok=True)
+    except Exception as e:  # cpp_extension's RuntimeError, and whatever it stumbles over with a compiler that it does not know
+        why = cannot_load(folder, e) if isinstance(e, OSError) else f"the C++ compiler {cxx} cannot build it ({gist(str(e))}); OFTSR_KERNELS=ext shows all that it says"
+        with suppress(OSError):
+            failed.write_text(f"{made_with}\n{why}\n")
+        raise MissingTool(why) from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def gist(words):
+    """The line of a compiler's many that says what is wrong."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()] or ["no word of why"]
+    told = [line for line in lines[1:] if " -isystem " not in line and not line.startswith(("FAILED", "ninja:"))] or lines[-1:]
+    return next((line for line in told if "error" in line.lower()), told[0])[:200]
+
+
+def compile_in(work, cxx, flags, cuda):
+    os.environ["CXX"] = cxx
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its guesses at CUDA_HOME and at the compiler's kind
+    from torch.utils import cpp_extension
+    if cuda:
+        use_cuda_home()
+    cpp_extension.load("oftsr_build", sources(cuda), extra_cflags=cxx_flags(cuda) + flags, extra_cuda_cflags=NVCC_FLAGS,
+                       build_directory=work, with_cuda=cuda, is_python_module=False)
+
+
+@contextmanager
+def one_at_a_time(lock):
+    """Other processes that would build wait here, and find it done; where the file system has no locks, each builds for itself."""
+    from filelock import FileLock, Timeout  # comes with torch; the system frees it when its process dies, however it dies
+    held = FileLock(lock)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a lock of another kind is taken
+            held.acquire(timeout=600)  # a lock that outlived its process, where there is no flock
+    except (Timeout, OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
+def sign_of_life():
+    """A line every ten seconds, as long as it takes."""
+    done, start = threading.Event(), time.time()
+
+    def speak():
+        while not done.wait(10):
+            print(f"kernels: still building, {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+
+    threading.Thread(target=speak, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()

@@ -243,3 +243,114 @@ def to_uint8(x):
     """[-1, 1] to bytes: (B, C, H, W) float to (B, H, W, C) uint8, clamped, rounded half to even."""
     y = (_arith(x).clamp(-1, 1) * 127.5 + 127.5).round()
     return y.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+# ---- what happens to pictures in the world (degradations.py says when). A batch is x (B, C, H, W) float32 with sizes (B, 2)
+# int64: picture b is x[b, :, :h, :w], the rest of its canvas means nothing. Sums are written out term by term, each product
+# rounded before it is added: so a picture comes out the same, to the bit, whatever its batch, its canvas and the machine.
+
+
+def _reflected(sizes, r, length):
+    """Where the pixels -r to length + r - 1 of rows of `sizes` (B,) pixels come from, reflected at their ends without repeating them: (B, length + 2r)."""
+    n = sizes[:, None]
+    i = torch.arange(-r, length + r, device=sizes.device) % (2 * n - 2).clamp(min=1)
+    return torch.where(i < n, i, 2 * n - 2 - i)
+
+
+def _inside(x, sizes):
+    rows, cols = (torch.arange(n, device=x.device) for n in x.shape[2:])
+    sizes = sizes.to(x.device)
+    return ((rows < sizes[:, :1])[:, None, :, None] & (cols < sizes[:, 1:])[:, None, None, :])
+
+
+def filter2d(x, sizes, filters):
+    """Each picture correlated with its own filter, filters (B, k, k) float32, k odd, reflected at its edges: (B, C, H, W)."""
+    B, _, H, W = x.shape
+    r, sizes = filters.shape[-1] // 2, sizes.to(x.device)
+    rows, cols = _reflected(sizes[:, 0], r, H), _reflected(sizes[:, 1], r, W)
+    wide = x[torch.arange(B, device=x.device)[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # (B, C, H + 2r, W + 2r)
+    y, f = torch.zeros_like(x), filters.view(B, 1, 1, -1)
+    for i in range((2 * r + 1) ** 2):
+        u, v = divmod(i, 2 * r + 1)
+        y = y + f[..., i : i + 1] * wide[:, :, u : u + H, v : v + W]
+    return y
+
+
+def resample(x, rows, row_weights, cols, col_weights):
+    """Each picture resized by sums of a few of its pixels: rows (B, h, T) int64, the rows that make up each new row, with weights (B, h, T)
+    float32; cols (B, w, S) likewise: (B, C, h, w)."""
+    def along_rows(x, index, weights):
+        parts = x.gather(2, index.flatten(1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])).unflatten(2, index.shape[1:])
+        y = torch.zeros_like(parts[:, :, :, 0])
+        for t in range(index.shape[2]):
+            y = y + weights[:, None, :, t, None] * parts[:, :, :, t]
+        return y
+    return along_rows(along_rows(x, rows, row_weights).mT, cols, col_weights).mT.contiguous()
+
+
+def photon_noise(x, sizes, amount, gaussian, gray, quantiles, seeds, stream):
+    """Each picture with its noise, clamped to [0, 1]: amount (B,) float32, gaussian and gray (B,) bool, seeds (B,) int64.
+
+    z is normal; for gray pictures that of the first channel for all. Gaussian noise is amount z. Else a pixel of 8-bit value v (for gray
+    noise that of the luma) counts k photons where v N were expected, and amount (k / N - v) is added: N is the number of
+    different v in the picture, rounded up to a power of 2, and k is the Poisson quantile at which z stands among normals,
+    quantiles (9, 256, bins) int16: of log2 N, 255 v, and z in bins from -6 to 6.
+    """
+    B, bins = len(x), quantiles.shape[2]
+    pick = lambda values: values.to(x.device).view(B, 1, 1, 1)
+    amount, gaussian, gray = pick(amount), pick(gaussian), pick(gray)
+    z = normal(seeds, x.shape, stream)
+    z = torch.where(gray, z[:, :1], z)
+    luma = x[:, :1] * 0.2989 + x[:, 1:2] * 0.587 + x[:, 2:3] * 0.114
+    v = (torch.where(gray, luma, x).clamp(0, 1) * 255).round().long()
+    seen = torch.zeros(B, 257, device=x.device).scatter_(1, torch.where(_inside(x, sizes), v, 256).flatten(1), 1.0)[:, :256].sum(1)
+    log_N = torch.frexp(seen - 1).exponent.clamp(min=0).long().view(B, 1, 1, 1)  # of 2^m values m, of one more m + 1
+    place = ((z + 6) * (bins / 12)).long().clamp(0, bins - 1)
+    k = quantiles.to(x.device).flatten()[(log_N * 256 + v) * bins + place].float()
+    noise = torch.where(gaussian, z, k / (2.0**log_N) - v.float() / 255)
+    return torch.where(amount == 0, x, (x + amount * noise).clamp(0, 1))
+
+
+_u, _x = torch.arange(8)[:, None].double(), torch.arange(8)[None].double()
+DCT = (torch.where(_u > 0, 0.5, 8**-0.5) * torch.cos((2 * _x + 1) * _u * (math.pi / 16))).float()  # D X D^T: the transform
+JPEG_LUMA = ((16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
+             (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
+             (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99))
+JPEG_CHROMA = ((17, 18, 24, 47, *[99] * 4), (18, 21, 26, 66, *[99] * 4), (24, 26, 56, 99, *[99] * 4), (47, 66, 99, 99, *[99] * 4), *[(99,) * 8] * 4)
+
+
+def jpeg(x, sizes, factors):
+    """What JPEG leaves of each picture, x in [0, 1] of 3 channels: its tables are `factors` (B,) float32 times the standard's; 0: no JPEG.
+
+    As the published pipeline computes it: colours at half the resolution, black beyond the edges to multiples of 16, tables
+    neither rounded nor limited to 255, the one for luma transposed (in a file the 11 of 16, 11, ... is the horizontal frequency's).
+    """
+    H, W = x.shape[2:]
+    factors = factors.to(x.device).view(-1, 1, 1, 1, 1, 1)
+    rgb = F.pad((x.clamp(0, 1) * 255) * _inside(x, sizes), (0, -W % 16, 0, -H % 16))
+    r, g, b = rgb.split(1, dim=1)
+    y = r * 0.299 + g * 0.587 + b * 0.114 - 128
+    c = torch.cat([r * -0.168736 + g * -0.331264 + b * 0.5, r * 0.5 + g * -0.418688 + b * -0.081312], dim=1)
+    c = ((c[..., ::2, ::2] + c[..., ::2, 1::2]) + (c[..., 1::2, ::2] + c[..., 1::2, 1::2])) * 0.25
+    table = lambda values: torch.tensor(values, dtype=torch.float32, device=x.device).view(8, 1, 8) * factors.clamp(min=1e-6)
+    y = _quantised(y, table([*zip(*JPEG_LUMA)])) + 128
+    cb, cr = _quantised(c, table(JPEG_CHROMA)).repeat_interleave(2, 2).repeat_interleave(2, 3).split(1, dim=1)
+    rgb = torch.cat([y + cr * 1.402, y + cb * -0.344136 + cr * -0.714136, y + cb * 1.772], dim=1)
+    return torch.where(factors[..., 0, 0] == 0, x, rgb[..., :H, :W].clamp(0, 255) / 255)
+
+
+def _quantised(planes, table):
+    """(B, C, H, W) through the cosine transform of its 8 x 8 blocks, rounded to multiples of table (B, 1, 1, 8, 1, 8), and back."""
+    D = DCT.to(planes.device)
+
+    def sums(matrix, x, dim):  # of matrix[a, i] x[i] along dim, from i = 0 to 7
+        shape = [8 if d == dim else 1 for d in range(6)]
+        y = matrix[:, 0].view(shape) * x.narrow(dim, 0, 1)
+        for i in range(1, 8):
+            y = y + matrix[:, i].view(shape) * x.narrow(dim, i, 1)
+        return y
+
+    B, C, H, W = planes.shape
+    blocks = planes.reshape(B, C, H // 8, 8, W // 8, 8)
+    c = (sums(D, sums(D, blocks, 3), 5) / table).round() * table
+    return sums(D.T, sums(D.T, c, 5), 3).reshape(B, C, H, W)

@@ -79,6 +79,18 @@ def test_cancelled_superseded_closed(opened):
     assert demo.PAGES == {}
 
 
+def test_what_was_seen_is_kept_and_has_a_limit(opened, monkeypatch):
+    one = opened()
+    first = demo.picture(one, 0.5)
+    monkeypatch.setattr(sample, "enlarge", None)
+    assert demo.picture(one, 0.5) == first  # computed no more
+    monkeypatch.undo()
+    monkeypatch.setattr(demo, "KEPT", len(first) + 100)
+    for t in (0.6, 0.7):
+        assert demo.picture(one, t) == one.seen[t]
+    assert list(one.seen) == [0.7]
+
+
 def test_two_tabs_do_not_mix(opened):
     one, two = opened(), opened("other", seed=1)
     assert demo.picture(one, 0.5) != demo.picture(two, 0.5)
@@ -109,6 +121,9 @@ def test_a_download_is_what_sample_py_gives(opened, tmp_path, monkeypatch):
     assert demo.size_of(one) == (80, 96, 2)
     small = demo.small(one, 0.25)
     assert small.shape == (40, 48, 3) and np.array_equal(np.asarray(Image.open(demo.save(one, 0.25))), sample.upscale(array, t=0.25, seed=3))
+    kept = one.files[0.25]
+    demo.small(one, 0.5)
+    assert list(one.files) == [0.5] and not kept.exists()
 
 
 @pytest.mark.parametrize("make, says", [
@@ -126,6 +141,12 @@ def test_a_bad_picture_is_a_message(make, says, tmp_path):
 def test_mistakes_are_one_line():
     done = subprocess.run([sys.executable, str(ROOT / "demo.py"), "--port", "high"], capture_output=True, text=True)
     assert done.returncode == 2 and "is not a whole number" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_without_gradio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(InputError, match="the page needs gradio"):
+        demo.main([])
 
 
 # --- in a browser ---

@@ -16,11 +16,9 @@ import data
 import evaluate
 import figures
 import folders
-import metrics
 from console import InputError
-from degradations import degrade, to_float
-from kernels import to_uint8
-from model import UNet, network_config, save_release
+from degradations import to_float
+from model import UNet, count_macs, network_config, save_release
 from pictures import read_image, write_picture
 from test_metrics import batch, smooth
 
@@ -453,16 +451,10 @@ def test_the_command_ends_with_its_own_name_and_an_error_code(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "evaluate.py: no folder nowhere\n")
 
 
-def test_validation_during_training_scores_what_predict_makes():
-    task, x_1 = data.TASKS["photos"], torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    given = []
-
-    def predict(x_lr, seeds):
-        given.append((x_lr, seeds.tolist()))
-        return {"same": x_lr, "gray": torch.zeros_like(x_lr)}
-    scores, grid = evaluate.validate(predict, x_1, task, None, torch.device("cpu"))
-    x_lr = degrade(to_float(x_1), task, torch.arange(5))
-    assert scores["psnr_same"] == scores["psnr_lr"] == pytest.approx(metrics.psnr_rgb(to_uint8(x_lr).permute(0, 3, 1, 2), x_1).mean().item())
-    assert scores["psnr_gray"] == pytest.approx(metrics.psnr_rgb(torch.full_like(x_1, 128), x_1).mean().item())
-    assert "lpips_same" not in scores and torch.equal(given[1][0][0], x_lr[1]) and given[1][1] == [1]
-    assert grid.shape == (4 * 32, 4 * 32, 3) and np.array_equal(grid[32:64, 96:], x_1[1].permute(1, 2, 0).numpy())
+def test_multiply_accumulates_of_the_standard_layers_are_table_10s():
+    with torch.device("meta"):
+        net = UNet(**network_config("imagenet"))
+    assert round(count_macs(net, 256, 256, standard=True) / 1e12, 2) == 1.11 and sum(p.numel() for p in net.parameters()) == 552_820_998
+    with torch.device("meta"):
+        small = UNet(**network_config("tiny", sigma_p=0.1, sigma_d=0.1))
+    assert count_macs(small, 256, 256) < count_macs(small, 256, 256, standard=True)  # what UpConv saves

@@ -1,14 +1,20 @@
 """The ONNX file against PyTorch, with onnxruntime alone: sizes and t it was not exported with, its noise, its defaults."""
+import re
+import shutil
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import export
 import kernels
 import sample
+from console import InputError
 from data import TASKS
 from model import save_release
 from test_model import tiny
@@ -65,11 +71,30 @@ def test_programs_that_know_one_input_get_the_defaults(session, expected):
     assert np.abs(out - expected(picture, 0.25, 8)).max() > 1e-3 < np.abs(out - expected(picture, 0.5, 7)).max()
 
 
+def test_readmes_example(session, student, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(import numpy as np, onnxruntime.*?)```", (Path(export.__file__).parent / "README.md").read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    Path("assets").mkdir()
+    small = torch.randint(0, 256, (20, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    Image.fromarray(small).save("assets/cat.png")
+    shutil.copy(student.with_name("model.onnx"), "model.onnx")
+    exec(code, {})
+    want = sample.upscale(small, t=0.3, seed=7, ckpt=student, device="cpu", dtype="float32")
+    assert np.abs(np.asarray(Image.open("cat_x4.png")).astype(int) - want).max() <= 1 and want.std() > 20
+
+
 @pytest.mark.parametrize("scale", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("size", [(1, 3, 1, 1), (2, 3, 2, 9), (1, 1, 17, 12)])
 def test_enlarge_is_torchs(scale, size):
     y = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert torch.allclose(export.enlarge(y, scale), F.interpolate(y, scale_factor=scale, mode="bicubic", antialias=True), atol=1e-5)
+
+
+def test_without_onnx(student, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(InputError, match="needs the package onnx"):
+        sample.main(["--export", str(tmp_path / "m.onnx"), "--ckpt", str(student)])
+    assert not list(tmp_path.glob("*.onnx"))
 
 
 def test_noise_is_the_kernels():

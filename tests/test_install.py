@@ -72,6 +72,7 @@ def test_the_wheel_holds_one_package_with_its_weights_and_a_command(installed):
     package = site / "oftsr"
     assert (package / "weights" / "photos_x4.safetensors").read_bytes() == (ROOT / "weights" / "photos_x4.safetensors").read_bytes()
     assert (package / "kernels" / "csrc" / "flow.h").is_file() and (package / "assets" / "cat.png").is_file() and not (package / "assets" / "figures").exists()
+    assert {p.name for p in ROOT.iterdir() if p.suffix in (".py", ".html", ".js")} - {"setup.py"} <= {p.name for p in package.iterdir()}
     meta = site / f"oftsr-{VERSION}.dist-info"
     assert "oftsr = oftsr.sample:program" in (meta / "entry_points.txt").read_text()
     assert "Provides-Extra: heif" in (meta / "METADATA").read_text()

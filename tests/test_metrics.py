@@ -15,6 +15,7 @@ from console import InputError
 from degradations import observe, to_float
 from pictures import read_image, write_picture
 
+ROOT = Path(metrics.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "lpips"  # the LPIPS project's example
 ALEX = os.environ.get("OFTSR_LPIPS_ALEX", "")
 needs_alex = pytest.mark.skipif(not Path(ALEX).is_file(), reason="OFTSR_LPIPS_ALEX names no file of AlexNet weights")
@@ -109,6 +110,9 @@ def test_lpips_gives_the_published_distances():
     ref, p0, p1 = (to_float(batch(read_image(GOLDEN / f"ex_{name}.png"))) for name in ("ref", "p0", "p1"))
     assert lpips(torch.cat([ref, ref]), torch.cat([p0, p1])).tolist() == pytest.approx([0.7219, 0.1376], abs=1e-3)
     assert lpips(ref, ref).item() == 0
+    plain = lpips(ref, p0).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lpips(ref, p0).item() == plain
 
 
 def test_without_alexnet_one_line_says_so(monkeypatch, tmp_path, capsys):
@@ -322,3 +326,43 @@ def test_consistency_is_the_psnr_of_what_was_measured(degradation):
 
 def test_only_what_is_measured_better_upwards_is_called_higher():
     assert metrics.HIGHER <= metrics.METRICS.keys() and not metrics.HIGHER & {"lpips", "dists", "fid", "fid_tf", "fd_vgg16"}
+
+
+# --- NIQE ---
+
+
+def test_niqe_is_the_published_but_for_its_float32_halving(monkeypatch):
+    """pyiqa's, once with its halving in float64, as MATLAB's and ours, and once as it is: of few blocks the covariance magnifies float32."""
+    published = pytest.importorskip("pyiqa.archs.niqe_arch", reason="no pyiqa here")
+    from niqe import NIQE_MODEL, halved
+    model = np.load(NIQE_MODEL)
+    mean, covariance = (torch.from_numpy(model[k]) for k in ("mu_pris_param", "cov_pris_param"))
+    for name in ("cat", "coffee"):
+        a = torch.from_numpy(read_image(ROOT / "assets" / f"{name}.png")).permute(2, 0, 1)[None]
+        y = metrics.luma(a).round()[:, :, :288, :384]
+        ours = metrics.pick_metrics(["niqe"], 4, "cpu").pictures["niqe"](a, None).item()
+        assert published.niqe(y, mean[:1], covariance[None]).item() == pytest.approx(ours, abs=0.02)
+        with monkeypatch.context() as m:
+            m.setattr(published, "imresize", lambda x, scale, antialiasing: torch.from_numpy(halved(x[0, 0].numpy()))[None, None])
+            assert published.niqe(y, mean[:1], covariance[None]).item() == pytest.approx(ours, abs=1e-3)
+
+
+def test_niqe_halves_as_matlab_does():
+    """Against the cubic of double width summed directly, over the mirrored picture."""
+    from niqe import halved
+    y = np.random.default_rng(0).random((12, 20))
+    wide = np.pad(y, 4, mode="symmetric")
+    d = np.abs(np.arange(8) - 3.5) / 2
+    k = np.where(d < 1, 1.5 * d**3 - 2.5 * d**2 + 1, -0.5 * d**3 + 2.5 * d**2 - 4 * d + 2)
+    k /= k.sum()
+    right = [[k @ wide[2 * i + 1 : 2 * i + 9, 2 * j + 1 : 2 * j + 9] @ k for j in range(10)] for i in range(6)]
+    assert np.abs(halved(y) - right).max() < 1e-12
+
+
+def test_niqe_prefers_photographs_and_needs_two_blocks():
+    a = torch.from_numpy(read_image(ROOT / "assets" / "cat.png")).permute(2, 0, 1)[None]
+    measure = metrics.pick_metrics(["niqe"], 4, "cpu").pictures["niqe"]
+    noisy = (a + 40 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
+    assert measure(a, None) < 3 < 6 < measure(noisy, None)
+    with pytest.raises(InputError, match="two blocks of 96 x 96 pixels: 191 x 100 is too small"):
+        measure(a[:, :, :100, :191], None)

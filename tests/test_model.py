@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+import model as networks
 from console import InputError
-from model import PRESETS, UNet, UpConv, count_macs, load_checkpoint, load_model, network_config, save_release
-from training import EMA, Muon, make_optimizers, save_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint
+from model import PRESETS, UNet, UpConv, count_macs, load_model, network_config, save_release
+from training import EMA, Muon, make_optimizers
 
 GOLDEN = Path(os.environ.get("OFTSR_GOLDEN", "nowhere"))
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="OFTSR_GOLDEN does not name the folder of published reference outputs")
@@ -60,7 +62,7 @@ def test_published_checkpoint_loads(monkeypatch):
         assert torch.equal(p, torch.tensor(golden[f"param.{name}"])), name
     assert meta["stage"] is None and meta["task"] is None
     with pytest.raises(InputError, match="does not hold this network"):
-        load_model(GOLDEN / "official_ema_tiny.pth", model="tiny")
+        load_model(GOLDEN / "official_ema_tiny.pth", model="ffhq")
 
 
 def test_small_presets_sizes():
@@ -228,7 +230,7 @@ def test_bad_files_are_one_line(tmp_path):
 
 WRITER = """
 import sys, torch
-from training import save_checkpoint
+from checkpoints import save_checkpoint
 n = 0
 while True:
     n += 1
@@ -248,12 +250,23 @@ def test_kill_during_a_save_leaves_a_whole_file(tmp_path):
             writer.send_signal(signal.SIGKILL)
         saved = load_checkpoint(path)
         assert torch.equal(saved["data"], torch.full((500_000,), float(saved["n"])))
-    assert len(list(tmp_path.iterdir())) <= 2  # at most one leftover, which the next save overwrites
+    assert len(list(tmp_path.iterdir())) <= 3  # the one before, and at most one leftover, which the next save sweeps
     save_checkpoint(path, dict(n=0))
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt.pt", "ckpt_before.pt"]
 
 
 def test_a_release_may_be_read_by_whom_any_new_file_may(tmp_path):
     (tmp_path / "plain").touch()
     save_release(tmp_path / "weights.safetensors", tiny(), dict(stage="flow"))
     assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_bfloat16_is_said_to_be_slower_where_it_is(monkeypatch, capsys):
+    networks.warn_once.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    cpu = torch.device("cpu")
+    for name, dtype, said in (("auto", torch.float32, 0), ("float32", torch.float32, 0), ("bfloat16", torch.bfloat16, 1), ("bfloat16", torch.bfloat16, 0)):
+        assert networks.pick_dtype(name, cpu) == dtype and capsys.readouterr().err.count("float32 is faster here") == said
+    networks.warn_once.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert networks.pick_dtype("auto", cpu) == networks.pick_dtype("bfloat16", cpu) == torch.bfloat16 and not capsys.readouterr().err

@@ -15,9 +15,10 @@ import tifffile
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 import pictures
+import writers
+from colour import as_rgb, from_planes, on_white, resized, smooth_stairs, split_alpha, srgb_profile, to_depth, to_planes
 from console import InputError
-from pictures import (from_pil, from_planes, list_images, losses, open_writer, probe, read_image, read_note, read_picture, resized, scan, split_alpha,
-                      to_planes, write_picture)
+from pictures import from_pil, list_images, losses, open_writer, probe, read_image, read_note, read_picture, scan, write_picture
 
 ROOT = Path(__file__).parent.parent
 D65, D50 = [0.3127, 0.3290, 1.0], [0.3457, 0.3585, 1.0]
@@ -71,10 +72,10 @@ def test_other_formats_keep_what_they_can_and_say_what_they_cannot(ending, chann
     assert back.dtype == np.uint8 and any("8 bits" in line for line in losses(path, channels, np.uint16))
     opaque = any("no transparency" in line for line in losses(path, channels, np.uint8))
     assert (back.shape[2] in (2, 4)) == (channels in (2, 4) and not opaque)
-    expected = pictures.to_depth(pixels, np.uint8)
-    expected = pictures._on_white(expected) if opaque else expected
+    expected = to_depth(pixels, np.uint8)
+    expected = on_white(expected) if opaque else expected
     if back.shape[2] >= 3:
-        expected = pictures._colour(expected, 3)
+        expected = as_rgb(expected)
         if channels < 3 and ending != "gif":
             assert (back[..., 0] == back[..., 1]).all() and (back[..., 1] == back[..., 2]).all()  # gray stays gray
     error = np.abs(back.astype(int) - expected)
@@ -139,8 +140,8 @@ def chart(name, dtype):
     """Colours that sRGB holds, 9 of each primary, as sRGB (1, N, 3) and in the profile, by lcms in 16 bits: (srgb, there), of dtype."""
     steps = np.linspace(0, 65535, 9).astype(np.uint16)
     srgb = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
-    there = imagecodecs.cms_transform(srgb, pictures.srgb_profile(), profile(name), colorspace="rgb", outcolorspace="rgb", intent=1, flags=256)
-    return (pictures.to_depth(x, dtype) for x in (srgb, there))
+    there = imagecodecs.cms_transform(srgb, srgb_profile(), profile(name), colorspace="rgb", outcolorspace="rgb", intent=1, flags=256)
+    return (to_depth(x, dtype) for x in (srgb, there))
 
 
 def in_srgb(there, name):
@@ -177,7 +178,7 @@ def test_wide_gamuts_keep_their_colours(name, dtype, ending, tmp_path):
         tifffile.imwrite(path, there, photometric="rgb", iccprofile=profile(name))
     seen = read_picture(path).pixels
     if dtype == np.uint8:  # a step of 8 bits in a wide profile is up to 18 steps of sRGB's darkest: the numbers in the file are the truth
-        srgb = pictures.to_depth(in_srgb(pictures.to_depth(there, np.uint16), name), np.uint8)
+        srgb = to_depth(in_srgb(to_depth(there, np.uint16), name), np.uint8)
     allowed = 257 if dtype == np.uint16 else 1
     assert np.abs(seen.astype(int) - srgb).max() <= allowed
     assert np.abs(there.astype(int) - srgb).max() > 40 * allowed  # the numbers did have to change
@@ -235,7 +236,7 @@ def test_cameras_that_mark_adobe_rgb_in_exif_alone(tmp_path):
     exif[0x8769] = {0xA001: 65535, 0xA005: {1: "R03"}}
     Image.fromarray(there).save(tmp_path / "_DSC1.png", exif=exif)
     back = read_picture(tmp_path / "_DSC1.png")
-    assert np.abs(back.pixels.astype(int) - pictures.to_depth(in_srgb(pictures.to_depth(there, np.uint16), "Adobe RGB"), np.uint8)).max() <= 1
+    assert np.abs(back.pixels.astype(int) - to_depth(in_srgb(to_depth(there, np.uint16), "Adobe RGB"), np.uint8)).max() <= 1
     write_picture(tmp_path / "out.png", back.pixels, like=back)
     assert np.array_equal(read_picture(tmp_path / "out.png").pixels, back.pixels)
 
@@ -370,6 +371,19 @@ def test_what_is_hidden_stays_hidden(soft):
     assert np.abs(np.diff(edge, n=2)).max() <= 2
 
 
+def test_stairs_become_the_line_they_stand_for():
+    hard, truth = disc(64)[..., 3:], disc(256)[..., 3:] > 127
+    wrong = [((resized(x, 256, 256) > 127) != truth).sum() for x in (hard, smooth_stairs(hard))]
+    assert wrong[1] < 0.7 * wrong[0], wrong
+    square, line = np.zeros((32, 32, 1), np.uint16), np.zeros((32, 32, 1), np.uint8)
+    square[8:24, 8:24] = 65535
+    line[range(32), range(32)] = 255
+    changed = smooth_stairs(square) != square
+    assert changed.sum() <= 12 and not changed[10:22].any()  # its corners alone
+    for same in (line, disc(64, 1.5)[..., 3:], photo(4)[..., 3:], np.full_like(line, 255)):
+        assert np.array_equal(smooth_stairs(same), same)
+
+
 def test_alpha_that_hides_nothing_and_alpha_that_hides_all():
     opaque = photo(4)
     opaque[..., 3] = 255
@@ -424,7 +438,7 @@ def test_a_large_canvas_needs_little_memory(ending, tmp_path):
 
 
 def test_a_canvas_that_waits_in_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "IN_MEMORY", 1000)
+    monkeypatch.setattr(writers, "IN_MEMORY", 1000)
     write_picture(tmp_path / "a.webp", photo())
     assert np.array_equal(read_picture(tmp_path / "a.webp").pixels, photo()) and len(list(tmp_path.iterdir())) == 1
 
@@ -477,10 +491,14 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, monkeypatch):
 
 
 def test_heic(tmp_path):
-    pytest.importorskip("pillow_heif", reason="pillow-heif is an extra")
+    pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is an extra")
     write_picture(tmp_path / "a.heic", photo(), quality=100)
     back = read_picture(tmp_path / "a.heic")
     assert back.format == "HEIF" and np.abs(back.pixels.astype(int) - photo()).mean() < 2 and probe(tmp_path / "a.heic").width == 58
+    deep = photo(3, np.uint16)
+    pillow_heif.from_bytes("RGB;16", (58, 41), deep.tobytes()).save(tmp_path / "ten.heic", quality=100)  # 10 bits
+    back = read_picture(tmp_path / "ten.heic").pixels
+    assert probe(tmp_path / "ten.heic").deep and back.dtype == np.uint16 and np.abs(back.astype(int) - deep).mean() < 600 and len(np.unique(back)) > 256
 
 
 def test_bombs_are_refused_and_large_photographs_are_not(tmp_path):
@@ -540,7 +558,7 @@ def test_windows(tmp_path, monkeypatch):
 def test_a_long_name_and_a_console_that_cannot_show_it(tmp_path):
     name = "ж" * 120 + ".png"
     write_picture(tmp_path / name, photo())
-    code = "import console; console.speak_anywhere(); print('ж\\udcff')"
+    code = "import console; console.Parser(); print('ж\\udcff')"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert out.returncode == 0 and out.stdout.strip() == b"\\u0436\\udcff"
 
@@ -548,3 +566,29 @@ def test_a_long_name_and_a_console_that_cannot_show_it(tmp_path):
 def test_importing_is_cheap():
     code = "import sys, pictures; print(*(m for m in ('torch', 'tifffile', 'imagecodecs', 'cv2', 'PIL.ImageCms') if m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+# --- through the network ---
+
+
+def test_upscale_gives_back_the_kind_it_got(weights, tmp_path):
+    """Gray with equal channels, alpha apart, 16 bits unrounded; paths, PIL pictures, arrays, and lists of these."""
+    from sample import upscale
+    how, shares = dict(t=1, ckpt=weights / "distill.safetensors", device="cpu"), []
+    for channels in (1, 2, 3, 4):
+        small = photo(channels, height=12, width=17)
+        eight, sixteen = upscale(small, **how), upscale(to_depth(small, np.uint16), **how)
+        assert eight.shape == sixteen.shape == (48, 68, channels) and (eight.dtype, sixteen.dtype) == (np.uint8, np.uint16)
+        rounding = 0.51 if channels in (1, 3) else 2  # what lies under the alpha is rounded too
+        assert np.abs(eight.astype(float) - sixteen / 257).max() <= rounding and (sixteen % 257).any()
+        im = Image.fromarray(small[..., 0] if channels == 1 else small)
+        assert upscale(im, **how).mode == im.mode and np.array_equal(np.asarray(upscale(im, **how)).reshape(eight.shape), eight)
+        write_picture(tmp_path / f"{channels}.png", small)
+    assert upscale(small[..., 0], **how).shape == (48, 68)
+    mixed = [tmp_path / "1.png", str(tmp_path / "4.png"), small, Image.fromarray(small[..., :3])]
+    several = upscale(mixed, progress=shares.append, outscale=2.5, **how)
+    assert [np.asarray(x).shape for x in several] == [(30, 42, 1), (30, 42, 4), (30, 42, 4), (30, 42, 3)] and sum(shares) == pytest.approx(1)
+    assert np.array_equal(several[1], several[2]) and np.array_equal(several[0], upscale(mixed[0], outscale=2.5, **how))
+    for bad in (small / 255, small[None], np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4), np.uint8)):
+        with pytest.raises(InputError, match="uint8 or uint16"):
+            upscale(bad, **how)

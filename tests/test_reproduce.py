@@ -1,6 +1,7 @@
 """REPRODUCE.md's commands: each is parsed, and what it resolves to is held against the paper's settings."""
 import re
 import shlex
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import ablate
+import curves
 import data
 import distill
 import evaluate
@@ -20,7 +22,7 @@ from model import PRESETS, UNet, network_config, save_release
 from pictures import read_image
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train_flow.py": train_flow, "distill.py": distill, "evaluate.py": evaluate, "sample.py": sample, "ablate.py": ablate}
+SCRIPTS = {"train_flow.py": train_flow, "distill.py": distill, "evaluate.py": evaluate, "sample.py": sample, "curves.py": curves, "ablate.py": ablate}
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", (ROOT / "REPRODUCE.md").read_text(), re.S) for line in block.replace("\\\n", " ").splitlines() if line]
 
 # From the paper: Sec. 4.1, Appendix E, Tables 7 to 9 and 13. div2k's rate is the published configuration's.
@@ -149,3 +151,15 @@ def test_an_unconditional_flow_draws_pictures(tmp_path, capsys):
         sample.main(["--generate", "1", "-o", str(tmp_path / "c")])
     with pytest.raises(SystemExit):
         sample.main(["--generate", "1", "--t", "1"])
+
+
+def test_the_speedrun_is_a_script_whose_stages_parse():
+    text = (ROOT / "speedrun.sh").read_text()
+    assert subprocess.run(["sh", "-n", str(ROOT / "speedrun.sh")]).returncode == 0
+    stages = re.findall(r"^(?:stage|python) (\S+\.py) (.*)$", text.replace("\\\n", " "), re.M)
+    common = shlex.split(re.search(r'common="(.*)"', text)[1].replace("$data", "DIR"))
+    made = [SCRIPTS[script].parse_args([*(common if script != "evaluate.py" else []), *shlex.split(flags)[script != "evaluate.py":]]) for script, flags in stages]
+    assert [script for script, _ in stages] == ["train_flow.py", "distill.py", "distill.py", "evaluate.py"]
+    assert made[0].max_iters == 2600 and made[1].teacher == made[2].teacher == "$out/flow/weights.safetensors" and made[2].objective == "perceptual"
+    without = subprocess.run(["sh", str(ROOT / "speedrun.sh")], capture_output=True, text=True)
+    assert without.returncode != 0 and "name a folder of photographs" in without.stderr

@@ -9,7 +9,8 @@ import sample
 import tiles
 from data import TASKS
 from degradations import H_T
-from pictures import Picture, to_planes
+from colour import to_planes
+from pictures import Picture
 from test_model import tiny
 from tiles import feathered_tiles, lr_window, official_tiles, reflect_to, resampled, restore, restore_rows, smaller_tile, tile_spans
 

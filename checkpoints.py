@@ -1,0 +1,120 @@
+"""Files of tensors that can be trusted: whole or not there, checked when read, and never code.
+
+    save_checkpoint, load_checkpoint    .pt, a training's state: a zip file, whose CRCs find flipped bits
+    save_tensors, load_tensors          .safetensors, weights to share, with a SHA-256 of their own
+
+Nothing here knows what the tensors mean. Whatever a file holds, reading it costs no more memory than the file is long, runs
+nothing out of it (weights_only=True), and ends in its contents or in one line that names the file.
+"""
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+
+from console import InputError, atomic_path, atomic_write
+
+
+def save_checkpoint(path, checkpoint):
+    """A dict of tensors and plain types to a file. Atomic; the file that was there is kept as NAME_before.pt."""
+    path = Path(path)
+
+    def write(tmp):
+        torch.save(checkpoint, tmp)
+        if path.exists():
+            copy_file(path, one_before(path))
+
+    atomic_write(path, write)
+
+
+def one_before(path):
+    """Where save_checkpoint keeps the file that it replaces."""
+    return path.with_name(f"{path.stem}_before{path.suffix}")
+
+
+def copy_file(path, to):
+    """The same file under another name, which what is written to `path` later does not change: a link, where the file system has them."""
+    with atomic_path(to) as tmp:
+        try:
+            os.link(path, tmp)
+        except OSError:
+            shutil.copyfile(path, tmp)
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, or torch.save of another program, on the CPU. Raises InputError if there is no such file, it is broken, or is no dict."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}")
+    try:
+        check_zip(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # the unpickler raises whatever the bytes lead it to
+        why = str(e) if isinstance(e, zipfile.BadZipFile) else "it would run code" if "eights only" in str(e) else type(e).__name__
+        raise InputError(f"{path} is broken or not a checkpoint ({why})") from e
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path} is not a checkpoint (it holds a {type(checkpoint).__name__})")
+    return checkpoint
+
+
+def check_zip(path):
+    """Raises BadZipFile if a zip file's contents are not what its CRCs say, or would be larger than the file. No zip file (torch.save before 1.6): nothing."""
+    with open(path, "rb") as f:
+        if f.read(2) != b"PK":
+            return
+    with zipfile.ZipFile(path) as z:
+        if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()) or sum(i.file_size for i in z.infolist()) > path.stat().st_size:
+            raise zipfile.BadZipFile("its records are compressed, which torch.save's are not")
+        for info in z.infolist():
+            with z.open(info) as record:  # reads all of it, and raises if its CRC is another
+                while record.read(1 << 22):
+                    pass
+
+
+def save_tensors(path, tensors, meta):
+    """{name: tensor} with a dict of plain types as .safetensors, and the checksum of both. Atomic."""
+    from safetensors.torch import save
+    text = json.dumps(meta)
+    header = {"oftsr": text, "sha256": checksum(save(tensors), text)}
+    atomic_write(path, lambda tmp: tmp.write_bytes(save(tensors, metadata=header)))  # save_file's only their owner may read
+
+
+def load_tensors(path):
+    """The dict (None if the file has none) and the tensors, {name: tensor}, of a .safetensors file. Raises InputError if there is none, or it is broken."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+    if not Path(path).is_file():
+        raise InputError(f"no weights at {path}")
+    raw = Path(path).read_bytes()
+    try:
+        tensors = load(raw)
+        header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__") or {}
+        meta = json.loads(header.get("oftsr", "null"))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise InputError(f"{path} is broken or not a .safetensors file ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
+    if "sha256" in header and header["sha256"] != checksum(raw, header["oftsr"]):
+        raise InputError(f"{path} is broken: its bytes are not those that were written (SHA-256)")
+    if not isinstance(meta, (dict, type(None))):
+        raise InputError(f"{path} is not one of ours: what it says of itself is a {type(meta).__name__}")
+    return meta, tensors
+
+
+def checksum(raw, text):
+    """SHA-256 of a .safetensors file's tensors (raw: its bytes), of what its header says of them, and of the text beside them."""
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = {k: v for k, v in json.loads(raw[8:start]).items() if k != "__metadata__"}
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + text.encode() + raw[start:]).hexdigest()
+
+
+def file_sha256(path):
+    """The beginning of a file's SHA-256, 12 digits; None if there is no such file."""
+    if not Path(path or "").is_file():
+        return None
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()[:12]
