@@ -10,9 +10,11 @@ round to 8 bits, and convert colours in 16: OpenCV, the other kept library that 
 No torch; what is heavy is imported where it is used.
 """
 import json
+import logging
 import os
 import re
 import struct
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +77,7 @@ class Probe:
 
 def probe(path, max_pixels=MAX_PIXELS):
     """What a picture file says of itself, no pixel decoded: a Probe. Raises InputError if it is no picture, or larger than max_pixels."""
-    with _open(path, max_pixels) as (im, head):
+    with _open(path, max_pixels) as (im, head, _):
         width, height = im.size
         orientation = im.getexif().get(ORIENTATION, 1)
         if (orientation >= 5) != (im.format == "TIFF" and im.tag_v2.get(ORIENTATION, 1) >= 5):  # of a TIFF Pillow gives the size upright
@@ -88,7 +90,7 @@ def read_picture(path, max_pixels=MAX_PIXELS, metadata=True):
 
     metadata=False: the pixels alone, faster.
     """
-    with _open(path, max_pixels) as (im, head):
+    with _open(path, max_pixels) as (im, head, told):
         frames = getattr(im, "n_frames", 1)
         profile, orientation, depth = im.info.get("icc_profile"), im.getexif().get(ORIENTATION, 1), _depth(im, head)
         picture = Picture(None, im.format, lossless=_lossless(im, head), full_chroma=_full_chroma(im, head))
@@ -105,6 +107,7 @@ def read_picture(path, max_pixels=MAX_PIXELS, metadata=True):
         if metadata:  # some of it may follow the pixels
             picture.exif, picture.dpi, picture.xmp = _exif(im, picture.notes), _dpi(im), _xmp(im)
         picture.pixels = _upright(to_srgb(pixels, space, profile, picture.notes), orientation)
+        picture.notes += dict.fromkeys("it is damaged: " + " ".join(str(w.message).split()) for w in told if issubclass(w.category, UserWarning))
         return picture
 
 
@@ -136,17 +139,18 @@ def read_image(path):
 
 @contextmanager
 def _open(path, max_pixels):
-    """(Pillow's picture, the file's first bytes), every failure an InputError that names the file."""
+    """(Pillow's picture, the file's first bytes, the warnings so far), every failure an InputError that names the file."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is below, with the way to raise it
     try:
         with open(path, "rb") as f:
             head = f.read(65536)
         _plug_in(_kind(head))
-        with _pillow(path, head) as im:
+        with warnings.catch_warnings(record=True) as told, _pillow(path, head) as im:
+            warnings.simplefilter("always")
             if im.width * im.height > max_pixels:
                 raise InputError(f"{path} would have {im.width} x {im.height} pixels, more than {max_pixels / 1e6:g} million: "
                                  "if you trust it, raise --max_pixels (max_pixels in Python)")
-            yield im, head
+            yield im, head, told
     except FileNotFoundError:
         raise InputError(f"no picture at {path}") from None
     except MemoryError:
@@ -282,6 +286,7 @@ def _decode_deep(path, im, head, depth, notes):
 
 def _decode_tiff(path, notes):
     import tifffile
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it cannot read it raises, too
     with tifffile.TiffFile(path) as tif:
         page = tif.pages[0]
         pixels = page.asarray()
@@ -418,7 +423,7 @@ def _mended_xmp(xmp, height, width):
 def read_note(path):
     """The note that write_picture left in a file, a dict, or None where there is none or no picture."""
     try:
-        with _open(path, float("inf")) as (im, _):
+        with _open(path, float("inf")) as (im, *_):
             text = im.info.get("oftsr") or str(im.getexif().get(PROCESSING_SOFTWARE, ""))
             note = json.loads(text.removeprefix("oftsr "))
             return note if isinstance(note, dict) else None

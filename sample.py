@@ -37,7 +37,7 @@ from console import VERSION, InputError, Parser, Progress, in_range
 from pictures import MAX_PIXELS, as_picture, losses, open_writer, read_picture, write_picture
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
-SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45")
+SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45", "ancestral")  # the last is a ResShift's own
 STEPS = 8  # of a solver, unless told
 
 
@@ -362,7 +362,7 @@ def prepare(args):
 
 
 def generate(args):
-    """Draw args.generate pictures from noise alone with an unconditional flow (Appendix F): 0000.png ... and grid.png in args.output. Raises InputError."""
+    """Draw args.generate pictures from noise alone with an unconditional flow (Appendix F): 0000.png ... in args.output, and a grid beside that folder. Raises InputError."""
     import torch
     from data import TASKS, image_seeds
     from flow import integrate
@@ -388,8 +388,9 @@ def generate(args):
     side = math.ceil(len(drawn) ** 0.5)
     rows = [np.hstack(drawn[k : k + side]) for k in range(0, len(drawn), side)]
     rows[-1] = np.pad(rows[-1], ((0, 0), (0, rows[0].shape[1] - rows[-1].shape[1]), (0, 0)))
-    write_picture(out / "grid.png", np.vstack(rows))
-    print(f"{args.generate} pictures drawn in {out}, {total / args.generate:.4g} evaluations each; grid.png shows {len(drawn)}")
+    grid = out.absolute().with_name(f"{out.absolute().name}_grid.png")  # not in the folder: an FID counts what is there
+    write_picture(grid, np.vstack(rows))
+    print(f"{args.generate} pictures drawn in {out}, {total / args.generate:.4g} evaluations each; {grid.name} beside it shows {len(drawn)}")
     return 0
 
 

@@ -23,7 +23,7 @@ def label(draw, x, y, text, anchor="mm", fill=INK, size=26):
     draw.text((x, y), text, fill, ImageFont.load_default(size), anchor)
 
 
-def main():
+def main(out=ASSETS / "figures" / "dial.png"):
     small = Image.open(ASSETS / "cat.png").convert("RGB").resize((224, 150), Image.BICUBIC)
     before = small.resize((4 * small.width, 4 * small.height), Image.BICUBIC)
     after = {t: upscale(small, t=t) for t in (0, 0.5, 1)}
@@ -49,7 +49,7 @@ def main():
         if text != "before":
             draw.circle((x, top + 30), 12, KNOB)
         label(draw, x, top + 72, text + {"t = 0": ", faithful", "t = 1": ", realistic"}.get(text, ""))
-    figure.save(ASSETS / "figures" / "dial.png", optimize=True)
+    figure.save(out, optimize=True)
 
 
 if __name__ == "__main__":

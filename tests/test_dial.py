@@ -1,5 +1,7 @@
 """--t_map and --consistent: as functions, and as people use them."""
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +106,16 @@ def test_a_consistent_result_reduced_again_is_the_input(name, cli):
         again = H(torch.from_numpy(big).permute(2, 0, 1)[None], "bicubic", 4)[0].permute(1, 2, 0).numpy()
         return np.abs(again - small).max()
     assert wrong("out") < 0.5 < wrong("plain")  # rounding to 8 bits gives the input
+
+
+def test_the_first_picture_of_the_readme(monkeypatch):
+    root = Path(sample.__file__).parent
+    assert "python assets/before_after.py" in (root / "README.md").read_text()
+    figure = runpy.run_path(str(root / "assets" / "before_after.py"))
+    asked = []
+    monkeypatch.setitem(figure["main"].__globals__, "upscale", lambda im, t: asked.append(t) or im.resize((4 * im.width, 4 * im.height)))
+    figure["main"]("out.png")
+    assert asked == [0, 0.5, 1] and Image.open("out.png").size == Image.open(root / "assets" / "figures" / "dial.png").size
 
 
 def test_upscale_takes_both(cli, weights):

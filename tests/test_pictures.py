@@ -490,6 +490,12 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, monkeypatch):
             assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
+def test_half_an_exif_is_a_note_and_no_warning(tmp_path, recwarn):
+    Image.fromarray(photo()).save(tmp_path / "a.jpg", exif=camera_exif().tobytes()[:60])
+    back = read_picture(tmp_path / "a.jpg")
+    assert back.pixels.ndim == 3 and any("damaged" in line for line in back.notes) and not recwarn.list and all("\n" not in line for line in back.notes)
+
+
 def test_heic(tmp_path):
     pillow_heif = pytest.importorskip("pillow_heif", reason="pillow-heif is an extra")
     write_picture(tmp_path / "a.heic", photo(), quality=100)

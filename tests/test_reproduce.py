@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import ablate
+import claims
 import curves
 import data
 import distill
 import evaluate
+import kernels
 import sample
 import train_flow
 import training
@@ -141,8 +143,8 @@ def test_an_unconditional_flow_draws_pictures(tmp_path, capsys):
     for name, count in (("a", 5), ("b", 2)):
         assert sample.main(["--generate", str(count), "--ckpt", str(tmp_path / "uncond.safetensors"), "--solver", "euler", "--steps", "2", "-o", str(tmp_path / name)]) == 0
     assert "5 pictures drawn" in (said := capsys.readouterr().out) and "2 evaluations each" in said
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"{i:04d}.png" for i in range(5)] + ["grid.png"]
-    assert read_image(tmp_path / "a" / "grid.png").shape == (64, 96, 3) and read_image(tmp_path / "a" / "0001.png").shape == (32, 32, 3)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [f"{i:04d}.png" for i in range(5)]
+    assert read_image(tmp_path / "a_grid.png").shape == (64, 96, 3) and read_image(tmp_path / "a" / "0001.png").shape == (32, 32, 3)
     one, two = (read_image(tmp_path / "a" / f"000{i}.png") for i in (0, 1))
     assert (one != two).any() and (two == read_image(tmp_path / "b" / "0001.png")).all()
     with pytest.raises(InputError, match="holds drawn pictures already"):
@@ -163,3 +165,35 @@ def test_the_speedrun_is_a_script_whose_stages_parse():
     assert made[0].max_iters == 2600 and made[1].teacher == made[2].teacher == "$out/flow/weights.safetensors" and made[2].objective == "perceptual"
     without = subprocess.run(["sh", str(ROOT / "speedrun.sh")], capture_output=True, text=True)
     assert without.returncode != 0 and "name a folder of photographs" in without.stderr
+
+
+def test_the_claims_are_read_off_the_numbers(capsys):
+    """Two seeds whose numbers are made up: each claim's verdict, and in the second seed one LPIPS and one PSNR that break it."""
+    def scores(break_it):
+        dial = {f"t {t:g}": [30 - t - (2 if break_it and t == 0 else 0), 0.5 - 0.1 * t] for t in claims.DIAL}
+        steps = {f"{n} steps": [30, 0.4 - 0.01 * n] for n in claims.STEPS}
+        last = lambda lpips: {"16 steps": [30, lpips]}
+        return {"sigma_p 0": {**last(0.1 if break_it else 0.5), "S": 0.1}, claims.TEACHER: {**steps, **dial, "S": 0.2}, "sigma_p .5": {**last(0.3), "S": 0.3},
+                "sigma_p 1": {**last(0.3), "S": 0.4}, "no condition": last(0.2), "midpoint": dial,
+                **{name: {"t 1": [30, lpips]} for name, lpips in (("Eq. (9)", 0.4), ("BOOT", 0.5), ("PINN", 0.45), ("dt .001", 0.39))}}
+    claims.report([scores(False), scores(True)])
+    verdict = {line[:64].strip(): line[64:].strip() for line in capsys.readouterr().out.splitlines()}
+    assert len(verdict) == 12
+    starts = {"LPIPS: better with sigma_p": "appears under 1 of 2 seeds", "LPIPS: better with the condition": "does not appear", "S: straighter": "appears  ",
+              "LPIPS at t = 1: dt": "does not appear", "PSNR of the student": "appears under 1 of 2", "LPIPS falls with more": "appears  "}
+    for start, said in starts.items():
+        (found,) = [v for claim, v in verdict.items() if claim.startswith(start)]
+        assert f"{found}  ".startswith(said) if said.endswith("  ") else found.startswith(said), (start, found)
+    assert "0.4000 ±0.0000, 0.4000 ±0.0000" in next(v for c, v in verdict.items() if "midpoint" in c)
+
+
+def test_straightness_and_the_estimates_along_a_path_in_closed_form():
+    """A field that is the truth is straight; half of it leaves a quarter of the square; under a constant field every estimate is the end."""
+    seeds, x_1 = torch.tensor([3, 4]), torch.randn(2, 3, 8, 8).clamp(-1, 1)
+    zero = torch.zeros_like(x_1)
+    truth = lambda share: lambda x_in, t: share * (x_1 - x_in[:, :3]) / (1 - t.view(-1, 1, 1, 1))  # x_1 - x_0 from x_t
+    assert claims.straightness(truth(1), x_1, zero, 0.5, seeds) < 1e-9
+    x_0 = kernels.noise_augment(zero, 0.5, seeds)[:, :3]
+    assert claims.straightness(truth(0.5), x_1, zero, 0.5, seeds) == pytest.approx(0.25 * (x_1 - x_0).square().mean().item(), rel=1e-4)
+    estimates = claims.path_estimates(lambda x_in, t: torch.full_like(x_in[:, :3], 0.25), torch.zeros(1, 6, 8, 8))
+    assert list(estimates) == list(claims.DIAL) and all(torch.allclose(x, torch.full_like(x, 0.25)) for x in estimates.values())
