@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from console import InputError, Parser, in_range
-from degradations import degrade, to_float
+from degradations import H_T, degrade, to_float
 from folders import ASSETS, expected, keep_split, list_hash, note, split_folder
 from model import PRESETS
+from partners import cut_pair, read_pair
 from pictures import probe, read_image
 
 
@@ -201,12 +202,13 @@ def center_crop(image, size):
 class Pictures(torch.utils.data.Dataset):
     """Training pictures: item (index, n) is (3, S, S) uint8 and n, the crop and flips being drawn from (seed, n).
 
+    low: {path: path of its low-resolution partner}, of which the same part comes third, (3, S/scale, S/scale); cuts are anywhere then.
     A picture that is broken, or too small for the task, is replaced by the next one with a warning that names it; when
     more than 1 % are broken, or none is large enough, InputError. All processes that load for one training process count together.
     """
 
-    def __init__(self, paths, task, seed):
-        self.paths, self.task, self.seed = paths, task, seed
+    def __init__(self, paths, task, seed, low=None):
+        self.paths, self.task, self.seed, self.low = paths, task, seed, low
         self.broken, self.small = torch.zeros(2, len(paths), dtype=torch.bool).share_memory_()  # which have been found to be
 
     def __len__(self):
@@ -216,15 +218,16 @@ class Pictures(torch.utils.data.Dataset):
         for i in itertools.count(index):
             path = self.paths[i % len(self)]
             try:
-                image = read_image(path)
+                parts = read_pair(path, self.low[path], self.task.scale) if self.low else [read_image(path)]
             except InputError as e:
                 self.skip(i % len(self), self.broken, e)
                 if (found := int(self.broken.sum())) > 0.01 * len(self):
                     raise InputError(f"{found} of {len(self)} training pictures cannot be used, the last: {e}") from None
                 continue
-            if fits(image.shape[1], image.shape[0], self.task):
-                return image
-            e = f"{path} is {image.shape[1]} x {image.shape[0]}, smaller than the {self.task.image_size} pixels of {self.task.name}"
+            height, width = parts[0].shape[:2]
+            if fits(width, height, self.task) and not (self.low and min(height, width) < self.task.image_size):  # pairs are not enlarged
+                return parts
+            e = f"{path} is {width} x {height}, smaller than the {self.task.image_size} pixels of {self.task.name}"
             self.skip(i % len(self), self.small, e)
             if i - index >= len(self):
                 raise InputError(f"no training picture is large enough, the last: {e}")
@@ -237,17 +240,21 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, n = key
         rng, size = np.random.default_rng([self.seed, n]), self.task.image_size
-        image = self.load(index)
-        if self.task.crop == "random":
+        image, *small = self.load(index)
+        if small:
+            y, x = (int(rng.integers((d - size) // self.task.scale + 1)) for d in image.shape[:2])
+            parts = cut_pair(image, *small, y, x, self.task)
+        elif self.task.crop == "random":
             y, x = (int(rng.integers(d - size + 1)) for d in image.shape[:2])
-            image = image[y : y + size, x : x + size]
+            parts = [image[y : y + size, x : x + size]]
         else:
-            image = np.asarray(center_crop(Image.fromarray(image), size))
+            parts = [np.asarray(center_crop(Image.fromarray(image), size))]
         if rng.random() < self.task.hflip:
-            image = image[:, ::-1]
+            parts = [part[:, ::-1] for part in parts]
         if rng.random() < self.task.vflip:
-            image = image[::-1]
-        return torch.from_numpy(image.transpose(2, 0, 1).copy()), n
+            parts = [part[::-1] for part in parts]
+        x_1, *y = (torch.from_numpy(part.transpose(2, 0, 1).copy()) for part in parts)
+        return x_1, n, *y
 
 
 class Order(torch.utils.data.Sampler):
@@ -269,11 +276,11 @@ class Order(torch.utils.data.Sampler):
             yield int(order[i]), n
 
 
-def training_batches(paths, task, seed, batch_size, start, rank, world, num_workers):
-    """Batches without end, from picture number `start` on: ((B, 3, S, S) uint8, (B,) int64 picture numbers)."""
+def training_batches(paths, task, seed, batch_size, start, rank, world, num_workers, low=None):
+    """Batches without end, from picture number `start` on: ((B, 3, S, S) uint8, (B,) int64 picture numbers); with `low`, as Pictures has it, its parts third."""
     order = Order(len(paths), seed, start, rank, world)
     return iter(torch.utils.data.DataLoader(
-        Pictures(paths, task, seed), batch_size, sampler=order, num_workers=num_workers,
+        Pictures(paths, task, seed, low), batch_size, sampler=order, num_workers=num_workers,
         pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0, worker_init_fn=ignore_signals))
 
 
@@ -331,14 +338,19 @@ def uniform_times(seed, numbers):
     return ((numbers.double() * ((5**0.5 - 1) / 2) + offset) % 1).float().clamp(max=1 - 2**-24)
 
 
-def measure_sigma_d(paths, task, seed, count=256):
+def low_resolution(x_1, y, task, seeds):
+    """x_lr (B, 3, S, S) of the true pictures x_1 in [-1, 1]: of y, a list that holds their partners uint8, or else degraded by the task."""
+    return H_T(to_float(y[0].to(x_1.device)), task.degradation, task.scale) if y else degrade(x_1, task, seeds)
+
+
+def measure_sigma_d(paths, task, seed, count=256, low=None):
     """sigma_d of the preconditioning: the root mean square of x_1 - x_lr (whose mean is about 0) over `count` crops, in training's order."""
-    batches = training_batches(paths, task, seed, min(count, 32), 0, 0, 1, 0)
+    batches = training_batches(paths, task, seed, min(count, 32), 0, 0, 1, 0, low)
     total, pixels = 0.0, 0
     for _ in range(max(1, count // 32)):
-        x_1, n = next(batches)
+        x_1, n, *y = next(batches)
         x_1 = to_float(x_1)
-        d = x_1 - degrade(x_1, task, image_seeds(seed, n))
+        d = x_1 - low_resolution(x_1, y, task, image_seeds(seed, n))
         total, pixels = total + d.double().square().sum().item(), pixels + d.numel()
     return (total / pixels) ** 0.5
 

@@ -28,7 +28,6 @@ import teachers
 import training
 from checkpoints import file_sha256, load_checkpoint
 from console import InputError, in_range
-from degradations import degrade
 from flow import RK2_NODES, integrate, mean_slope, one_step
 from metrics import load_lpips
 from model import build, load_model, network_config
@@ -40,7 +39,7 @@ TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     data.add_task_flags(p)
-    p.add_argument("--teacher", help="stage-1 weights (default: the newest of this task under out/, else the shipped ones), or resshift:FILE, dit4sr:DIR, package.module:function")
+    p.add_argument("--teacher", help="stage-1 weights (default: the newest of this task under out/, else the shipped ones), or resshift:FILE, or package.module:function")
     teachers.add_teacher_flags(p)
     p.add_argument("--loss", dest="objective", choices=("oftsr", "boot", "pinn", "perceptual"), default="oftsr", help="Eq. (9), (16) or (15); or the truth as the flow sees it, for a finished student")
     p.add_argument("--dt", type=in_range(float, 1e-4, 1), default=0.05, help="time step s - t")
@@ -182,7 +181,7 @@ def load_teacher(args, out_dir):
     """
     if args.init_from == "resume" and args.teacher is None:
         before = training.open_checkpoint(out_dir)[0].get("args", {})
-        for key in ("teacher", "autoencoder", "chain", "lora", "guidance"):
+        for key in ("teacher", "autoencoder", "chain"):
             setattr(args, key, before.get(key, getattr(args, key)))
     args.teacher = args.teacher or newest(args.dataset, "flow", args.dry_run)
     if args.teacher and teachers.names_family(args.teacher):
@@ -261,7 +260,7 @@ def main(argv=None):
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
     training.check_best(run, lpips)
-    val = data.validation_pictures(val_paths, task, args.eval_pictures) if run.master else None
+    val = training.validation_pictures(run, val_paths) if run.master else None
 
     def predict(x_lr, seeds):  # with the averaged weights, along the dial; and the teacher in a few steps
         with run.autocast():
@@ -295,8 +294,7 @@ def main(argv=None):
 
             training.before_update(run, state)
             for micro in range(args.gradient_accumulation_steps):
-                x_1, n, seeds, t = training.next_batch(run, batches)
-                x_lr = degrade(x_1, task, seeds)
+                x_1, x_lr, n, seeds, t = training.next_batch(run, batches)
                 with run.autocast():
                     x_in = teacher.start(teacher.to_latents(x_lr), task.sigma_p, seeds)
                 last = micro == args.gradient_accumulation_steps - 1

@@ -9,6 +9,8 @@
     python evaluate.py --data_dir DIR --metrics psnr_rgb,lpips,fid,dists,musiq
     python evaluate.py --data_dir DIR --tune_t psnr_rgb=26        # which t gives 26 dB on these pictures
     python evaluate.py --pairs out/eval/bicubic/seed0 out/eval/hr # any two folders of pictures, paired by stem
+    python evaluate.py --pairs drawn/ DIR --metrics fid           # of Fréchet distances alone: any number in each
+    python evaluate.py --data_dir HR --lr_dir LR --metrics psnr_rgb,lpips,niqe   # pairs that somebody took, as RealSR's
     torchrun --nproc_per_node 2 -- evaluate.py --data_dir DIR     # the processes share the pictures
 
 A student is swept over t, a flow over its steps (and over t too, where --t is given), beside a bicubic row. What is
@@ -36,8 +38,9 @@ from console import InputError, Parser, Progress, in_range
 from degradations import H_T, H, observe, to_float
 from folders import note
 from kernels import to_uint8
-from metrics import BACKBONES, FEW, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
+from metrics import BACKBONES, FEW, FID_MODES, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
 from model import UNet, keep_freed_memory, load_model, pick_device, pick_dtype
+from partners import find_partners
 from pairs import by_stem, clear, find_pairs, find_truth, load_truth
 from pictures import list_images, read_image, write_picture
 from report import describe, peak_memory, table_line, write_json
@@ -224,14 +227,21 @@ class Bench:
     tile_pad: int
     rank: int = 0
     world: int = 1
+    low: dict = None  # {stem: path} of low-resolution files, with --lr_dir; else H makes them of the true pictures
     features: dict = field(default_factory=dict)  # of the true pictures, for Fréchet distances
 
     def png(self, row, seed, stem):
         return row.results[stem] if row.results else self.out_dir / row.name / f"seed{seed}" / f"{stem}.png"
 
+    def observed(self, stem, x_1, stream):
+        """The low-resolution picture (1, 3, h, w) in [-1, 1] behind which the true one x_1 (1, 3, H, W) lies."""
+        if not self.low:
+            return observe(x_1, self.task, stream)
+        return to_float(torch.from_numpy(read_image(self.low[stem])).permute(2, 0, 1)[None])
+
     def seeds(self, row, count):
         """bicubic without noise has no seed, nor have somebody's results."""
-        drawn = row.network or (not row.results and (self.task.sigma_n or self.task.degradation == "real"))
+        drawn = row.network or (not row.results and not self.low and (self.task.sigma_n or self.task.degradation == "real"))
         return range(count) if drawn else [0]
 
 
@@ -250,7 +260,7 @@ def run_row(row, bench, seeds, progress):
             x_1 = to_float(torch.from_numpy(read_image(path)).permute(2, 0, 1)[None])
             number = int.from_bytes(hashlib.sha256(os.fsencode(path.stem)).digest()[:4], "little")
             stream = data.image_seeds(seed, torch.tensor([number]))
-            y = observe(x_1, bench.task, stream)
+            y = bench.observed(stem, x_1, stream)
             nfe, seconds = (row.nfe, None) if row.results else restore_picture(row, bench, y, stream, png)
             records.append(dict(stem=stem, seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, bench.task.scale, bench.metrics, y, bench.task)))
             progress.add(1)
@@ -370,6 +380,7 @@ def parse_args(argv):
     g.add_argument("--pairs", nargs=2, metavar=("RESTORED", "TRUE"), help="measure a folder of pictures against another instead")
     g.add_argument("--metrics", type=chosen_metrics, default=list(USUAL), help=f"of {', '.join(METRICS)} (default: {','.join(USUAL)})")
     g = p.add_argument_group("on which pictures")
+    g.add_argument("--lr_dir", help="folder of low-resolution pictures, each of a true picture's name: measure on these pairs instead of on what H makes")
     g.add_argument("--data_dir", help="folder of true pictures: its validation pictures, else all (default: data/DATASET)")
     g.add_argument("--pictures", type=whole, default=0, help="measure this many pictures, spread evenly; 0: all")
     g.add_argument("--trained_too", action="store_true", help="measure what a network was trained on, too, which is left out otherwise")
@@ -438,7 +449,7 @@ def method(text):
 def check_flags(args):
     """What can be known to be wrong before any work. Raises InputError."""
     check_tile(args.tile, args.tile_pad)
-    if args.pairs and (idle := [f for f in ("ckpt", "data_dir", "pictures", "t", "solver", "steps", "plot", "methods", "figure", "tune_t") if getattr(args, f)]):
+    if args.pairs and (idle := [f for f in ("ckpt", "data_dir", "lr_dir", "pictures", "t", "solver", "steps", "plot", "methods", "figure", "tune_t") if getattr(args, f)]):
         raise InputError(f"--pairs measures two folders as they are: it goes without --{idle[0]}")
     if args.pairs and "consistency" in args.metrics:
         raise InputError("--pairs knows no low-resolution pictures to measure consistency with")
@@ -461,8 +472,10 @@ def pick(args, crop, device):
 
 
 def measure_pairs(args, device):
-    """The table of one row for two folders."""
+    """The table of one row for two folders; of Fréchet distances alone, of all pictures of each, be they pairs or not (Appendix F)."""
     restored, truth = args.pairs
+    if set(args.metrics) <= {*FID_MODES, "fd_vgg16"}:
+        return measure_folders(args, device)
     pairs = find_pairs(restored, truth)
     crop = data.TASKS[args.dataset or "photos"].scale if args.scale is None else args.scale
     metrics = pick(args, crop, device)
@@ -482,6 +495,19 @@ def measure_pairs(args, device):
         write_json(args.json, protocol, [row])
 
 
+def measure_folders(args, device):
+    """Fréchet distances of one folder's pictures to another's, however many each has."""
+    files = [list_images(folder) for folder in args.pairs]
+    metrics = pick(args, 0, device)
+    warn_of_few(metrics, min(map(len, files)))
+    scores = measure_sets(*files, metrics, {})
+    print(f"{len(files[0])} pictures of {args.pairs[0]} against {len(files[1])} of {args.pairs[1]}; {''.join(f'{text}; ' for text in metrics.notes)}torch {torch.__version__}")
+    print("  ".join(f"{name} {value:.{METRICS[name]}f}" for name, value in scores.items()))
+    if args.json:
+        protocol = dict(restored=str(args.pairs[0]), truth=str(args.pairs[1]), pictures=[len(f) for f in files], metrics=metrics.notes, torch=torch.__version__)
+        write_json(args.json, protocol, [dict(name=Path(args.pairs[0]).name, **scores)])
+
+
 def warn_of_few(metrics, count):
     if metrics.sets and count < FEW:
         note(f"{', '.join(metrics.sets)} of {count} pictures: with fewer than {FEW:,} it compares only with the same number of the same pictures")
@@ -495,11 +521,16 @@ def prepare(args, device, rank, world):
     task = networks[0].task if networks else measured_task(args)
     rows = plan_rows(networks, args)
     sources, what = find_truth(task, args.data_dir, args.pictures, networks, args.trained_too)
+    low = None
+    if args.lr_dir:
+        partners = find_partners(list(sources.values()), args.lr_dir)
+        sources = {stem: path for stem, path in sources.items() if path in partners}
+        low = {stem: partners[path] for stem, path in sources.items()}
     rows[1:1] = find_methods(args.methods, list(sources), not args.pictures, {row.name for row in rows})
     figures.choose(sorted(sources), args.figure_pictures)
     out_dir = Path(args.out_dir)
-    for path in sources.values():
-        load_truth(path, task)
+    for stem, path in sources.items():
+        load_truth(path, task, low and low[stem])
         if out_dir.resolve() in path.resolve().parents:
             raise InputError(f"{path} lies in --out_dir {out_dir}, where results go: choose another")
     metrics = pick(args, task.scale, device)
@@ -514,7 +545,7 @@ def prepare(args, device, rank, world):
         clear(out_dir)
     dtype = pick_dtype(args.dtype, device)
     truth = {stem: out_dir / "hr" / f"{stem}.png" for stem in sources}
-    bench = Bench(truth, task, out_dir, metrics, dtype, torch.float32 if args.dtype == "auto" else dtype, args.tile, args.tile_pad, rank, world)
+    bench = Bench(truth, task, out_dir, metrics, dtype, torch.float32 if args.dtype == "auto" else dtype, args.tile, args.tile_pad, rank, world, low)
     return networks, rows, bench, sources, what
 
 
@@ -555,7 +586,7 @@ def main(argv=None):
         dist.init_process_group("gloo")
         dist.barrier()  # the folder is clear
     for stem in sorted(sources)[rank::world]:
-        write_picture(bench.truth[stem], load_truth(sources[stem], bench.task))
+        write_picture(bench.truth[stem], load_truth(sources[stem], bench.task, bench.low and bench.low[stem]))
     results = measure_all(networks, rows, bench, args, width)
 
     # --- keep ---

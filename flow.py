@@ -20,8 +20,8 @@ def _times(x_in, t):
 
 
 def one_step(model, x_in, t):
-    """Eq. (13), x_1^t = x_0 + v_phi(x_0, x_lr, t): concat(x_0, x_lr) (B, 6, H, W), t in [0, 1] -> (B, 3, H, W)."""
-    return x_in[:, :3] + model(x_in, _times(x_in, t)).float()
+    """Eq. (13), x_1^t = x_0 + v_phi(x_0, x_lr, t): concat(x_0, x_lr) (B, 2C, H, W), t in [0, 1] -> (B, C, H, W); C is 3, in latents any."""
+    return x_in[:, : x_in.shape[1] // 2] + model(x_in, _times(x_in, t)).float()
 
 
 def mean_slope(model, x_in, v1, t, dt, solver):
@@ -37,20 +37,22 @@ def mean_slope(model, x_in, v1, t, dt, solver):
 
 
 def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1.0):
-    """The flow from time 0 to t in [0, 1], in place in channels 0 to 2 of x_in = concat(x_0, x_lr) (B, 6, H, W).
+    """The flow from time 0 to t in [0, 1], in place in channels 0 to C-1 of x_in = concat(x_0, x_lr) (B, 2C, H, W); C is 3, in latents any.
 
     solver "euler", or second-order "midpoint", "ralston", "heun", in equal steps, `steps` of which would lead to 1;
     or the adaptive "rk45" with rtol and atol. Before 1 it is carried on by its mean velocity so far,
     x_1^t = x_0 + (x_t - x_0) / t, which is what a student that fulfils Eq. (7) says at t. Returns
-    (x_1^t (B, 3, H, W), the number of function evaluations: calls of model).
+    (x_1^t (B, C, H, W), the number of function evaluations: calls of model, twice as many where each is guided).
     """
+    evaluations = getattr(model, "evaluations", 1)
     if t < 1e-3:  # the mean velocity is the first one; dividing by t would magnify roundings
-        return one_step(model, x_in, 0.0), 1
-    nfe, x_0 = 0, x_in[:, :3].clone() if t < 1 else None
+        return one_step(model, x_in, 0.0), evaluations
+    C = x_in.shape[1] // 2
+    nfe, x_0 = 0, x_in[:, :C].clone() if t < 1 else None
 
     def v(t):
         nonlocal nfe
-        nfe += 1
+        nfe += evaluations
         return model(x_in, _times(x_in, t))
 
     if solver == "rk45":
@@ -65,7 +67,7 @@ def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1
             else:
                 euler_step_(x_in, v1, alpha * dt)
                 rk2_stage_(x_in, v1, v((i + alpha) * dt), dt, alpha)
-    x_t = x_in[:, :3]
+    x_t = x_in[:, :C]
     return (x_t if x_0 is None else x_0.lerp(x_t, 1 / t)), nfe
 
 
@@ -74,7 +76,8 @@ def _rk45(v, x_in, rtol, atol, end):
     def rms(x):
         return x.to(torch.float32 if x.device.type == "mps" else torch.float64).square().mean().sqrt().item()  # mps has no float64
 
-    x_t, t = x_in[:, :3].clone(), 0.0
+    C = x_in.shape[1] // 2
+    x_t, t = x_in[:, :C].clone(), 0.0
     k = [v(t)]
     # The first step (Hairer, Norsett & Wanner, II.4): a short Euler step measures how fast the field turns.
     scale = atol + rtol * x_t.abs()
@@ -97,7 +100,7 @@ def _rk45(v, x_in, rtol, atol, end):
         factor = 10 if error == 0 else 0.9 * error**-0.2
         if error < 1:
             t = end if h == end - t else t + h
-            x_t.copy_(x_in[:, :3])
+            x_t.copy_(x_in[:, :C])
             k, h, rejected = [k[-1]], h * min(factor, 1 if rejected else 10), False
         else:  # NaN comes here too, and shrinks the step until the check above stops it
             k, h, rejected = [k[0]], h * (max(0.2, factor) if factor == factor else 0.2), True

@@ -29,7 +29,7 @@ from kernels import conv3x3, group_norm_silu, noise_augment
 
 # The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
 # to add one. What a class has to say of itself is written in teachers.Teacher.
-FAMILIES = {"unet": "model:UNet", "resshift": "resshift:ResShift", "dit4sr": "dit4sr:DiT4SR"}
+FAMILIES = {"unet": "model:UNet", "resshift": "resshift:ResShift"}
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
 # attention: down-sampling factors at which there is attention (none at all if empty). groups, patch, precond: see UNet;
@@ -301,9 +301,14 @@ class UNet(nn.Module):
     def to_pixels(self, x):
         return x
 
-    def start(self, x_lr, sigma_p, seeds):
-        """concat(x_0, x_lr), Eq. (4): x_lr (B, 3, H, W), seeds (B,) int64 -> (B, 6, H, W)."""
-        return noise_augment(x_lr, sigma_p, seeds)
+    def start(self, x_lr, sigma_p, seeds, corner=(0, 0)):
+        """concat(x_0, x_lr), Eq. (4): x_lr (B, 3, H, W), seeds (B,) int64 -> (B, 6, H, W); corner as noise_augment's."""
+        return noise_augment(x_lr, sigma_p, seeds, corner)
+
+    @property
+    def width(self):
+        """Values of one map of each of its levels, for a pixel of the picture."""
+        return sum(self.channels * mult / (self.patch * 2**level) ** 2 for level, mult in enumerate(self.config["mults"]))
 
     def student(self):
         """The network that distillation starts from: this one, told that its input is x_0."""

@@ -9,6 +9,7 @@ import data
 from console import InputError, atomic_write
 from folders import note, trained_on
 from metrics import check_size
+from partners import read_pair
 from pictures import list_images, read_image
 
 MARK = "evaluation.json"  # in a folder of results: what lies beside it is ours to take away
@@ -60,10 +61,13 @@ def find_truth(task, data_dir, count, networks, trained_too):
     return by_stem(chosen, split.folder), f"{len(chosen)} {what}"
 
 
-def load_truth(path, task):
-    """A true picture, (H, W, 3) uint8: the task's centre crop, or the whole picture less what exceeds a multiple of the scale. Raises InputError if it is too small."""
-    image = read_image(path)
-    if task.crop == "center":
+def load_truth(path, task, low=None):
+    """A true picture, (H, W, 3) uint8: the task's centre crop, or the whole picture less what exceeds a multiple of the scale. Raises InputError if it is too small.
+
+    low: the file of its low-resolution partner, which the whole picture has to fit.
+    """
+    image = read_pair(path, low, task.scale)[0] if low else read_image(path)
+    if not low and task.crop == "center":
         data.check_side(path, *image.shape[:2], task)
         image = np.asarray(data.center_crop(Image.fromarray(image), task.image_size))
     height, width = (n - n % task.scale for n in image.shape[:2])

@@ -52,12 +52,13 @@ def describe(networks, rows, bench, what, args, device):
                           trained_on=n.memory and dict(pictures=n.memory["train"], sha256=n.memory["sha256"]),
                           parameters=sum(p.numel() for p in n.net.parameters()), gmacs_256=count_macs(n.net, 256, 256) / 1e9,
                           gmacs_256_standard=count_macs(n.net, 256, 256, standard=True) / 1e9))
-    cut = f"centre {task.image_size}" if task.crop == "center" else f"whole, to multiples of {task.scale}"
+    how_made = f"{args.lr_dir}'s own," if bench.low else how_degraded(task)
+    cut = f"centre {task.image_size}" if task.crop == "center" and not bench.low else f"whole, to multiples of {task.scale}"
     bits = "8 bits" if task.eight_bit else "float"
-    protocol = dict(pictures=what, cut=cut, H=how_degraded(task), scale=task.scale, low_resolution=bits, sigma_n=task.sigma_n, seeds=list(range(args.seeds)),
+    protocol = dict(pictures=what, cut=cut, H=how_made, scale=task.scale, low_resolution=bits, sigma_n=task.sigma_n, seeds=list(range(args.seeds)),
                     networks=parts, methods=[f"{name}={folder}" for name, _, folder in args.methods], metrics=bench.metrics.notes,
                     dtype=name_of_dtype(bench.dtype), tile=args.tile, device=str(device), torch=torch.__version__)
-    line = (f"{what} ({cut}), H {how_degraded(task)} x{task.scale} in {bits}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
+    line = (f"{what} ({cut}), H {how_made} x{task.scale} in {bits}, sigma_n {task.sigma_n:g}, seeds {','.join(map(str, range(args.seeds)))}; "
             + "".join(f"{p['name']} = {p['file']} sha256 {p['sha256']}, sigma_p {p['sigma_p']:g}, {p['how']}; " for p in parts)
             + "".join(f"{method}; " for method in protocol["methods"]) + "".join(f"{text}; " for text in bench.metrics.notes)
             + f"{protocol['dtype']}, tile {args.tile}, {device}, torch {torch.__version__}")

@@ -2,7 +2,7 @@
 
     teacher = load_teacher("resshift:resshift_realsrx4_s4_v3.pth", args)[0]     # args.autoencoder names autoencoder_vq_f4.pth
     v = teacher(x_in, t)                      # x_in = concat(x_t, z_lr): (B, 6, h, w) latents, t: (B,) -> v: (B, 3, h, w)
-    z_1 = teacher.ancestral(x_in, seeds)      # 4 or 15 steps of its own
+    z_1, nfe = teacher.ancestral(x_in, noise, 4)      # its own sampler
 
 With schedule=None the same backbone is trained as this project's flow, the paper's ResShift*: train_flow.py --model resshift.
 """
@@ -347,6 +347,8 @@ class ResShift(Teacher):
         self.autoencoder = VQAutoencoder(**autoencoder).requires_grad_(False) if autoencoder else None
         self.factor = self.autoencoder.factor if autoencoder else 1
         self.multiple, self.t_last = self.net.multiple * self.factor, 1.0
+        self.width = sum(sum(d["channels"] * mult / (factor * 2**level) ** 2 for level, mult in enumerate(d["mults"]))
+                         for d, factor in ((net, self.factor), (autoencoder, 1)) if d)
         if schedule:
             self.times = {k: v for k, v in schedule.items() if k != "pixels"}
             self.t_last = 1 - sqrt_eta(0, **self.times) / SQRT_ETA_END
@@ -393,17 +395,22 @@ class ResShift(Teacher):
         return self.net(torch.cat([x_t * scale.view(-1, 1, 1, 1), z_lr], dim=1), step)
 
     @torch.no_grad()
-    def ancestral(self, x_in, noise):
-        """ResShift's own sampler, in as many steps as it was trained for: concat(x_0, z_lr) -> (z_1 (B, 3, h, w), evaluations).
+    def ancestral(self, x_in, noise, steps):
+        """ResShift's own sampler: concat(x_0, z_lr) -> (z_1 (B, 3, h, w), evaluations), in `steps` steps of its chain, evenly taken.
 
         From step i to the one below, with eta_{-1} = 0: x = (eta_{i-1} / eta_i) x + (alpha_i / eta_i) z_1 + kappa sqrt(eta_{i-1} alpha_i / eta_i) eps,
         alpha_i = eta_i - eta_{i-1}. noise(i) gives eps (B, 3, h, w). In pixels each prediction is clamped, as published.
+        Raises InputError for more steps than the chain has.
         """
+        if not self.schedule or steps > self.times["steps"]:
+            raise InputError(f"the network has a chain of {self.times['steps']} steps, not {steps}" if self.schedule else
+                             "the sampler ancestral is a ResShift's: this network was trained as a flow")
         x, z_lr = x_in.float().chunk(2, dim=1)
-        taus = [sqrt_eta(i, **self.times) for i in range(self.times["steps"])]
+        chosen = [round(i) for i in torch.linspace(self.times["steps"] - 1, 0, steps).tolist()][::-1]
+        taus = [sqrt_eta(i, **self.times) for i in chosen]
         for i in reversed(range(len(taus))):
             at = lambda value: torch.full((x.shape[0],), float(value), device=x.device)
-            z_1 = self.clean(x, z_lr, at(i), at(taus[i])).float()
+            z_1 = self.clean(x, z_lr, at(chosen[i]), at(taus[i])).float()
             z_1 = z_1 if self.autoencoder else z_1.clamp(-1, 1)
             eta, before = taus[i] ** 2, taus[i - 1] ** 2 if i else 0.0
             x = before / eta * x + (1 - before / eta) * z_1

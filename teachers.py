@@ -1,6 +1,6 @@
 """Networks that are not ours, as v(x_in, t): what they predict turned into a velocity, and what a student of theirs needs to know.
 
-    teacher = load_teacher("resshift:FILE", autoencoder="FILE")     # or "dit4sr:DIR", or "mypackage.module:function"
+    teacher = load_teacher("resshift:FILE", autoencoder="FILE")     # or "mypackage.module:function"
     v = teacher(x_in, t)          # x_in = concat(x_t, z_lr): (B, 2C, h, w), t: (B,) in [0, 1] -> v: (B, C, h, w)
 
 A family is a subclass of Teacher, named in model.FAMILIES: that table is the one place to add one. A network without a
@@ -17,10 +17,10 @@ import torch.nn as nn
 
 import kernels
 from checkpoints import load_checkpoint, load_tensors
-from console import InputError, in_range
+from console import InputError
 from model import FAMILIES, build, find_family
 
-LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 or eps would be 0 / 0
+LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 would be 0 / 0
 BUFFERS = ("relative_position_index", "attn_mask")  # of published files, computed here
 PREDICTS = ("x_1", "eps", "noise_minus_clean", "v", "velocity")
 
@@ -111,17 +111,22 @@ class Teacher(nn.Module):
     latent_channels, factor, multiple   C; pixels a latent; heights and widths in pixels are multiples of this
     t_last           the largest t it was trained at: from there one step leads to 1
     evaluations      network evaluations a call (2 with guidance)
+    width            values of one map of each of its levels, for a pixel of the picture: to know how large a tile may be
     one_step         a student: its input is always x_0, so the path's numbers are those of t = 0, and t is only told
     config           the arguments that model.build makes it of, with its "family"
     """
-    latent_channels, factor, multiple, t_last, evaluations, precond = 3, 1, 1, 1 - 1e-3, 1, None
+    latent_channels, factor, multiple, t_last, evaluations, precond, width = 3, 1, 1, 1 - 1e-3, 1, None, 64
 
-    def __init__(self, net, predicts="x_1", path=linear_path, one_step=False):
+    def __init__(self, net, predicts="x_1", path=None, one_step=False):
         super().__init__()
         if predicts not in PREDICTS:
             raise InputError(f"a teacher predicts one of {', '.join(PREDICTS)}, not {predicts!r}")
         self.net, self.predicts, self.one_step, self.config = net, predicts, one_step, {}
-        self.path = path
+        if path:
+            self.path = path
+
+    def path(self, t):
+        return linear_path(t)
 
     def predict(self, x_t, z_lr, t):
         return self.net(x_t, z_lr, t)
@@ -132,14 +137,20 @@ class Teacher(nn.Module):
     def to_pixels(self, z):
         return z
 
-    def start(self, z_lr, sigma_p, seeds):
+    def start(self, z_lr, sigma_p, seeds, corner=(0, 0)):
         """concat(x_0, z_lr), the path's point at t = 0 with z_lr for x_1: z_lr (B, C, h, w), seeds (B,) int64 -> (B, 2C, h, w).
 
-        The path says its noise itself: sigma_p, the task's, is not read.
+        The path says its noise itself: sigma_p, the task's, is not read. corner: the pixel of a larger picture where this
+        window of it begins, and with it its part of that picture's noise.
         """
         (a, b, c), _ = self.path(torch.zeros(1, device=z_lr.device))
         z_lr = z_lr.float()
-        return torch.cat([(a + b) * z_lr + c * kernels.normal(seeds, z_lr.shape), z_lr], dim=1)
+        return torch.cat([(a + b) * z_lr + c * self.noise(seeds, z_lr.shape, corner), z_lr], dim=1)
+
+    def noise(self, seeds, shape, corner=(0, 0), stream=0):
+        """Standard normal latents of that shape, those of the whole picture's noise that lie at the pixel `corner`."""
+        return kernels.normal(seeds, shape, stream, tuple(i // self.factor for i in corner))
+
 
     def student(self):
         """The network that distillation starts from: the teacher's own, told that its input is x_0."""
@@ -156,7 +167,7 @@ class Teacher(nn.Module):
     def forward(self, x_in, t):
         t = t.to(x_in.device).float().expand(x_in.shape[0])
         x_t, z_lr = (x_in if x_in.dtype == torch.float64 else x_in.float()).chunk(2, dim=1)
-        t = t if self.one_step else t.clamp(max=LAST)
+        t = t.clamp(max=LAST) if self.predicts == "x_1" and not self.one_step else t
         out = self.predict(x_t, z_lr, t).to(x_t.dtype)
         return to_velocity(x_t, z_lr, out, self.predicts, *self.path(torch.zeros_like(t) if self.one_step else t))
 
@@ -169,8 +180,6 @@ def add_teacher_flags(parser):
     g = parser.add_argument_group("teachers of other families")
     g.add_argument("--autoencoder", help="resshift: the file of its autoencoder (without one it works on pictures)")
     g.add_argument("--chain", type=int, choices=(4, 15), default=4, help="resshift: steps that it was trained for, where the file does not say (default: 4)")
-    g.add_argument("--lora", type=in_range(int, 1), help="dit4sr: train a low-rank addition of this rank, not the whole network")
-    g.add_argument("--guidance", type=in_range(float, 1), help="dit4sr: scale of classifier-free guidance, two evaluations a call (default: 1, none)")
 
 
 def names_family(spec):

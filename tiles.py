@@ -18,7 +18,6 @@ from console import InputError
 from degradations import H_T
 from dial import along_map, map_window
 from flow import integrate, one_step
-from kernels import noise_augment
 from colour import to_planes
 
 WHOLE = 1280 * 1280  # output pixels up to which a picture is restored in one piece (tile "auto")
@@ -123,13 +122,25 @@ def restore_tile(model, x_lr, sigma_p, seed, corner, t=1.0, solver=None, steps=8
     """
     device, m, nfe = next(model.parameters()).device, model.multiple, 0
     size = [-(-max(side, 64) // m) * m for side in x_lr.shape[2:]]  # group norm wants something to average over
-    x_in = noise_augment(reflect_to(x_lr, *size).to(device), sigma_p, torch.tensor([seed], device=device), corner)
+    seeds = torch.tensor([seed], device=device)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    with autocast:  # a network that works in latents encodes and decodes each tile
+        x_in = model.start(model.to_latents(reflect_to(x_lr, *size).to(device)), sigma_p, seeds, corner)
+
+    def walk(t):
+        if solver is None:
+            return one_step(model, x_in, t), 1
+        if solver != "ancestral":
+            return integrate(model, x_in.clone(), solver, steps, rtol, atol, t)
+        if not hasattr(model, "ancestral") or t < 1:
+            raise InputError("the sampler ancestral is a ResShift's, and goes to t = 1")
+        return model.ancestral(x_in, lambda i: model.noise(seeds, x_in.chunk(2, dim=1)[0].shape, corner, stream=1 + i), steps)
 
     def at(t):
         nonlocal nfe
         with autocast:
-            x_1, n = (one_step(model, x_in, t), 1) if solver is None else integrate(model, x_in.clone(), solver, steps, rtol, atol, t)
+            x_1, n = walk(t)
+            x_1 = model.to_pixels(x_1)
         nfe += n
         return x_1[0, :, : x_lr.shape[2], : x_lr.shape[3]].float().to(x_lr.device)
 
@@ -230,9 +241,7 @@ def smaller_tile(tile, height, width, tile_pad):
 
 def bytes_per_pixel(model, dtype):
     """About what the network holds at once for an output pixel: 15 maps of each of its levels (as measured of the shipped one, LOG.md)."""
-    c = model.config
-    values = sum(c["channels"] * mult / (c["patch"] * 2**level) ** 2 for level, mult in enumerate(c["mults"]))
-    return 15 * values * (4 if dtype == torch.float32 else 2)
+    return 15 * model.width * (4 if dtype == torch.float32 else 2)
 
 
 def free_memory(device):

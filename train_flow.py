@@ -20,7 +20,6 @@ import data
 import kernels
 import training
 from console import InputError, in_range
-from degradations import degrade
 from flow import integrate, one_step
 from metrics import load_lpips
 from model import PRESETS, build, load_model, network_config, preset_name
@@ -44,21 +43,20 @@ def flow_loss(model, x_in, target, t, kind):
     return (error.abs() if kind == "l1" else error.square()).mean(dim=(1, 2, 3))
 
 
-def make_pair(x_1, seeds, t, task, args, to_latents):
-    """What the network is given, and shown: x_1 (B, 3, S, S), seeds and t in [0, 1) (B,) -> x_in (B, 6, S, S), target (B, 3, S, S), t (B,).
+def make_pair(x_1, x_lr, seeds, t, task, args, to_latents):
+    """What the network is given, and shown: x_1, x_lr (B, 3, S, S), seeds and t in [0, 1) (B,) -> x_in (B, 6, S, S), target (B, 3, S, S), t (B,).
 
     In the network's space, smaller where it has an autoencoder: to_latents.
     """
     t = ((t - args.t0_share) / (1 - args.t0_share)).clamp(min=0)
-    x_lr = degrade(x_1, task, seeds)
     return *kernels.flow_training_pair(to_latents(x_1), to_latents(x_lr), t, task.sigma_p, seeds), t
 
 
-def start_network(args, task, train_paths, start, meta):
+def start_network(args, task, train_paths, start, meta, low=None):
     """What a new run starts from: (arguments of UNet, its weights or None). start and meta: what --init_from names, if a file. Raises InputError if it does not fit."""
     if start is None:
         precond = PRESETS[task.model].get("precond")
-        sigma_d = data.measure_sigma_d(train_paths, task, args.seed) if precond and train_paths else 1.0  # 1: a dry run without data
+        sigma_d = data.measure_sigma_d(train_paths, task, args.seed, low=low) if precond and train_paths else 1.0  # 1: a dry run without data
         return network_config(task.model, task.condition, task.sigma_p, sigma_d), None
     if meta["stage"] == "distill":
         raise InputError(f"{args.init_from} is a distilled student: stage 1 starts from scratch or from a flow")
@@ -85,7 +83,7 @@ def main(argv=None):
     train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
 
     # --- model ---
-    config, weights = (checkpoint["model"], checkpoint["params"]) if checkpoint else start_network(args, task, train_paths, start, meta)
+    config, weights = (checkpoint["model"], checkpoint["params"]) if checkpoint else start_network(args, task, train_paths, start, meta, run.low)
     with torch.device("meta" if args.dry_run else "cpu"):
         model = build(config)
     training.announce(run, model, train_paths, val_paths)
@@ -105,7 +103,7 @@ def main(argv=None):
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
     training.check_best(run, lpips)
-    val = data.validation_pictures(val_paths, task, args.eval_pictures) if run.master else None
+    val = training.validation_pictures(run, val_paths) if run.master else None
 
     def predict(x_lr, seeds):  # with the averaged weights, in one step and in a few
         with run.autocast():
@@ -136,8 +134,8 @@ def main(argv=None):
 
             training.before_update(run, state)
             for micro in range(args.gradient_accumulation_steps):
-                x_1, n, seeds, t = training.next_batch(run, batches)
-                x_in, target, t = make_pair(x_1, seeds, t, task, args, model.to_latents)
+                x_1, x_lr, n, seeds, t = training.next_batch(run, batches)
+                x_in, target, t = make_pair(x_1, x_lr, seeds, t, task, args, model.to_latents)
                 training.exchange_gradients(net, micro == args.gradient_accumulation_steps - 1)
                 with run.autocast():
                     losses = flow_loss(net, x_in, target, t, task.loss)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import data
 import folders
 import kernels
+import partners
 from checkpoints import copy_file, load_checkpoint, one_before, save_checkpoint
 from console import InputError, atomic_write, in_range
 from degradations import degrade, to_float
@@ -44,7 +45,7 @@ except ImportError:  # Windows
     fcntl = None
 
 # Settings that may change on resume: what they change is not what is learnt.
-FREE = {"init_from", "max_iters", "out_dir", "data_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
+FREE = {"init_from", "max_iters", "out_dir", "data_dir", "lr_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
         "always_save_checkpoint", "keep_best", "lpips_backbone", "num_workers", "compile", "grad_checkpoint", "shard", "dry_run", "dataset", "teacher"}
 
 
@@ -59,6 +60,7 @@ def add_training_flags(parser):
     """The flags that both stages share, in groups. Those of data.RECIPES are None unless given: `fill_in`."""
     number, whole = in_range(float, 0), in_range(int, 0)
     g = parser.add_argument_group("training")
+    g.add_argument("--lr_dir", help="folder of low-resolution pictures, each of a true picture's name: train on these pairs instead of on what H makes")
     g.add_argument("--data_dir", help="folder of pictures, searched through (default: data/DATASET)")
     g.add_argument("--seed", type=in_range(int, 0, 2**31 - 1), default=1337, help="fixes order, crops, flips, noise and initial weights")
     g.add_argument("--batch_size", type=in_range(int, 1), help="pictures a step and process (default: the task's batch, shared by the processes)")
@@ -115,6 +117,7 @@ class Run:
     device: torch.device
     dtype: torch.dtype  # of the network's arithmetic
     settings: dict  # what a checkpoint keeps of all this
+    low: dict = None  # {path: path of its low-resolution partner}, with --lr_dir
     memory: dict = None  # and of the lists of pictures: folders.remember's
     lock: object = None  # the open file that says that the folder is taken
     fell_back: bool = False  # ckpt.pt is broken: going on from the one before it
@@ -377,7 +380,17 @@ def find_pictures(run, checkpoint, origins=()):
         return [], []
     if run.master and not run.args.dry_run:
         run.memory = {**folders.remember(split), "before": memory.get("before", before)}
+    if run.args.lr_dir:
+        run.low = partners.find_partners([*pictures[0], *pictures[1]], run.args.lr_dir)
+        pictures = [[p for p in paths if p in run.low] for paths in pictures]
     return pictures
+
+
+def validation_pictures(run, paths):
+    """What `validate` looks at: (N, 3, S, S) uint8; with --lr_dir [those, their partners (N, 3, S/scale, S/scale)]."""
+    if run.low:
+        return partners.middles({p: run.low[p] for p in data.spread(paths, run.args.eval_pictures)}, run.task)
+    return data.validation_pictures(paths, run.task, run.args.eval_pictures)
 
 
 def announce(run, model, train_paths, val_paths):
@@ -510,17 +523,17 @@ def batches(run, paths, seen):
     workers = run.args.num_workers
     if workers < 0:
         workers = 0 if run.device.type == "cpu" else min(8, os.cpu_count() // run.local_world)
-    loader = data.training_batches(paths, run.task, run.args.seed, run.args.batch_size, seen, run.rank, run.world, workers)
+    loader = data.training_batches(paths, run.task, run.args.seed, run.args.batch_size, seen, run.rank, run.world, workers, run.low)
     if workers and hasattr(signal, "SIGCHLD"):  # torch's handler would raise in the middle of an update; next() finds a dead loader, too
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     return loader
 
 
 def next_batch(run, loader):
-    """One batch on the device: x_1 (B, 3, S, S) in [-1, 1], picture numbers n (B,), their noise seeds and times t in [0, 1), (B,)."""
-    x_1, n = next(loader)
-    x_1 = to_float(x_1.to(run.device, non_blocking=True))
-    return x_1, n, data.image_seeds(run.args.seed, n).to(run.device), data.uniform_times(run.args.seed, n).to(run.device)
+    """One batch on the device: x_1 and x_lr (B, 3, S, S) in [-1, 1], picture numbers n (B,), their noise seeds and times t in [0, 1), (B,)."""
+    x_1, n, *y = next(loader)
+    x_1, seeds = to_float(x_1.to(run.device, non_blocking=True)), data.image_seeds(run.args.seed, n).to(run.device)
+    return x_1, data.low_resolution(x_1, y, run.task, seeds), n, seeds, data.uniform_times(run.args.seed, n).to(run.device)
 
 
 def learning_rate(step, args):
@@ -728,7 +741,7 @@ def check(run, state, meter, paths):
 
 
 def validate(run, state, predict, pictures, lpips, signals):
-    """A look at the pictures (N, 3, S, S) uint8: a line of the log, and val_STEP.png. Broken off by a signal, as if it had not begun."""
+    """A look at `validation_pictures`: a line of the log, and val_STEP.png. Broken off by a signal, as if it had not begun."""
     scores, grid = look(predict, pictures, run.task, lpips, run.device, signals)
     if scores:
         state.scores, state.validated = scores, state.step
@@ -754,17 +767,18 @@ def check_best(run, lpips):
 
 @torch.no_grad()
 def look(predict, pictures, task, lpips, device, signals=None):
-    """PSNR and LPIPS of what predict makes of the pictures (N, 3, S, S) uint8, and a picture of it; (None, None) if a signal comes meanwhile.
+    """PSNR and LPIPS of what predict makes of the pictures (N, 3, S, S) uint8, or of the second of [pictures, partners], and a picture of it; (None, None) if a signal comes meanwhile.
 
     predict: x_lr (1, 3, S, S) and seeds (1,) -> {name: (1, 3, S, S)}. Returns the means, {"psnr_NAME",
     "lpips_NAME"}, with x_lr's own under "lr", and x_lr, the results and x_1 of the first four side by side, uint8 (H, W, 3).
     """
+    pictures, low = pictures if isinstance(pictures, list) else (pictures, None)
     scores, rows = {}, []
     for i, picture in enumerate(pictures):
         if signals and signals.asked:
             return None, None
         truth, seeds = to_float(picture[None]).to(device), torch.full((1,), i, device=device)
-        x_lr = degrade(truth, task, seeds)
+        x_lr = degrade(truth, task, seeds) if low is None else data.low_resolution(truth, [low[i : i + 1]], task, seeds)
         results = {"lr": x_lr, **predict(x_lr, seeds)}
         shown = {name: kernels.to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
         for name, x in shown.items():

@@ -66,7 +66,7 @@ def main(argv=None):
             print(f"step {step + 1}  loss {total / 100:.5f}  pictures/s {100 * args.batch_size / (time.time() - clock):.1f}", flush=True)
             clock, total = time.time(), 0.0
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    save_release(args.output, average, dict(stage="resshift", task=asdict(task), step=args.max_iters))
+    save_release(args.output, average, dict(stage="flow", task=asdict(task), step=args.max_iters))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import train_flow
 from console import InputError
 import kernels
 from degradations import Damage, add_noise, blur, blur_kernel, degrade, draw, jpeg, real, resize, sinc_kernel, taps, to_float, uniforms, unsharp_kernel
+from partners import find_partners
 from test_train import SMALL, photos, run, signals  # noqa: F401 (fixtures)
 
 GOLDEN = Path(os.environ.get("OFTSR_GOLDEN", "golden")) / "degradation"
@@ -257,6 +258,16 @@ def test_strength_is_a_scale_from_nothing_to_the_published():
     assert 0.25 < len(sharpened) / 1000 < 0.45 and max(k.max() for k in sharpened) < 1 + 0.8
 
 
+def test_nine_accidents_to_look_at(tmp_path):
+    picture = str(data.ASSETS / "cat.png")
+    degradations.main([picture, "-o", str(tmp_path / "draws.png"), "--zoom", "1"])
+    sheet = np.array(Image.open(tmp_path / "draws.png"))
+    assert sheet.shape == (3 * 75, 3 * 112, 3) and not np.array_equal(sheet[:75, :112], sheet[75:150, :112])
+    degradations.main([picture, "-o", str(tmp_path / "draws.png"), "--strength", "0", "--zoom", "1"])
+    sheet = np.array(Image.open(tmp_path / "draws.png"))
+    assert np.array_equal(sheet[:75, :112], sheet[150:, 224:])  # nothing happened to any of them
+
+
 # --- the tasks ---
 
 
@@ -280,3 +291,71 @@ def test_a_tiny_network_learns_and_is_distilled_on_it(photos, tmp_path, monkeypa
     student = run(distill, photos, tmp_path / "out" / "student", *task, "--max_iters", 2)
     assert student["stage"] == "distill" and student["task"] == checkpoint["task"]
     run(distill, photos, tmp_path / "out" / "truth", *task, "--loss", "perceptual", "--max_iters", 1)
+
+
+# --- pairs from disk ---
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Eight pairs in RealSR's names, the low-resolution ones not what any H of ours makes: mirrored in their colours."""
+    hr, lr = (tmp_path_factory.mktemp(name) for name in ("hr", "lr"))
+    x = (photograph(64, 8) * 255).round()
+    for i in range(8):
+        Image.fromarray(x[i].byte().permute(1, 2, 0).numpy()).save(hr / f"Canon_{i}_HR.png")
+        small = F.interpolate(255 - x[i : i + 1], size=(16, 16), mode="area")[0].round()
+        Image.fromarray(small.byte().permute(1, 2, 0).numpy()).save(lr / f"Canon_{i}_LR4.png")
+    return hr, lr
+
+
+def test_pairs_are_cut_and_turned_together(pairs):
+    hr, lr = pairs
+    paths = sorted(hr.iterdir())
+    low = find_partners(paths, lr)
+    assert [p.name for p in low.values()] == [f"Canon_{i}_LR4.png" for i in range(8)]
+    pictures = data.Pictures(paths, replace(data.TASKS["photos"], image_size=32, vflip=0.5), 0, low)
+    for n in range(20):
+        x_1, _, y = pictures[n % 8, n]
+        assert x_1.shape == (3, 32, 32) and y.shape == (3, 8, 8)
+        assert (F.avg_pool2d(255 - x_1.float()[None], 4)[0] - y).abs().max() <= 0.5  # the same place, the same way round
+    mixed = find_partners([*paths, *low.values()], lr)  # both kinds in one list, as RealSR's test folders hold them
+    assert mixed == low
+
+
+def test_pairs_train_distil_and_are_measured(pairs, tmp_path, monkeypatch, capsys):
+    import distill
+    import evaluate
+    hr, lr = pairs
+    monkeypatch.chdir(tmp_path)
+    run(train_flow, hr, tmp_path / "out" / "flow", "--lr_dir", lr, "--max_iters", 2)
+    run(distill, hr, tmp_path / "out" / "student", "--lr_dir", lr, "--max_iters", 2)
+    monkeypatch.setattr(evaluate, "SHIPPED", ())
+    arguments = ["--data_dir", str(hr), "--lr_dir", str(lr), "--trained_too", "--metrics", "psnr_rgb"]
+    evaluate.main([*arguments, "--json", "scores.json"])
+    (row,) = json.loads((tmp_path / "scores.json").read_text())["rows"]
+    assert row["pictures"] == 8 and row["psnr_rgb"] < 12  # of a negative
+    assert f"{lr}'s own" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "SHIPPED", (tmp_path / "out" / "student" / "weights.safetensors",))
+    evaluate.main([*arguments, "--pictures", "1", "--seeds", "1", "--t", "0"])
+
+
+@pytest.mark.parametrize("spoil, says", [("missing", "Canon_3_HR.png has no partner Canon_3"), ("size", "Canon_3_LR4.png is 15 x 16 .* should be 60 x 64"),
+                                         ("two", "both of Canon_3")])
+def test_bad_pairs_are_named(spoil, says, pairs, tmp_path, monkeypatch):
+    import shutil
+
+    import evaluate
+    hr, lr = pairs
+    shutil.copytree(lr, tmp_path / "lr")
+    bad = tmp_path / "lr" / "Canon_3_LR4.png"
+    if spoil == "missing":
+        bad.unlink()
+    elif spoil == "two":
+        shutil.copy(bad, tmp_path / "lr" / "Canon_3.bmp")
+    else:
+        Image.open(bad).crop((0, 0, 15, 16)).save(bad)
+    monkeypatch.setattr(evaluate, "SHIPPED", ())
+    with pytest.raises(InputError, match=says):
+        evaluate.main(["--data_dir", str(hr), "--lr_dir", str(tmp_path / "lr"), "--out_dir", str(tmp_path / "out")])
+    with pytest.raises(InputError, match=says):
+        run(train_flow, hr, tmp_path / "flow", "--lr_dir", tmp_path / "lr", "--max_iters", 2)

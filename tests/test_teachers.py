@@ -1,4 +1,5 @@
-"""Teachers that are not ours: conversions to v on closed forms, ResShift's and DiT4SR's networks against published outputs, files, students."""
+"""Teachers that are not ours: conversions to v on closed forms, ResShift's networks against published outputs, files, students."""
+import argparse
 import json
 import os
 from pathlib import Path
@@ -7,9 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
+import model
 import resshift
 import teachers
-from resshift import SwinUNet, VQAutoencoder
+import tiles
+from console import InputError
+from distill import distillation_losses
+from flow import integrate, mean_slope, one_step
+from model import build, load_model, save_release
+from resshift import ResShift, SwinUNet, VQAutoencoder
+from teachers import Teacher, linear_path, to_linear, to_velocity
 
 GOLDEN = Path(os.environ.get("OFTSR_GOLDEN", "missing"))
 golden = pytest.mark.skipif(not (GOLDEN / "resshift").is_dir(), reason="OFTSR_GOLDEN names no folder with resshift/")
@@ -60,3 +69,257 @@ def test_schedule_is_the_published_one():
         ours = resshift.sqrt_eta(torch.arange(steps, dtype=torch.float64), **schedule)
         assert (ours - published).abs().max() < 1e-12
         assert (resshift.step_at(published, **schedule) - torch.arange(steps)).abs().max() < 1e-9
+
+
+# --- closed forms ---
+
+
+def tensor(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("predicts", ["x_1", "eps", "noise_minus_clean", "v"])
+def test_every_prediction_gives_the_slope_of_its_path(predicts):
+    """With x_1 and eps known, v is the derivative of a x_1 + b z_lr + c eps by t: a finite difference, on three paths."""
+    g = torch.Generator().manual_seed(0)
+    x_1, z_lr, eps = (torch.randn(2, 3, 4, 4, generator=g, dtype=torch.float64) for _ in range(3))
+    t, h = tensor(0.3, 0.8), 1e-6
+    for path in (linear_path, lambda t: linear_path(t, 0.3), lambda t: resshift.shift_path(t, 2.0)):
+        at = lambda t: sum(k.view(-1, 1, 1, 1) * x for k, x in zip(path(t)[0], (x_1, z_lr, eps)))
+        a, _, c = (k.view(-1, 1, 1, 1) for k in path(t)[0])
+        out = {"x_1": x_1, "eps": eps, "noise_minus_clean": eps - x_1, "v": a * eps - c * x_1}[predicts]
+        v = to_velocity(at(t), z_lr, out, predicts, *path(t))
+        assert (v - (at(t + h) - at(t - h)) / (2 * h)).abs().max() < 1e-8
+    # flow matching says eps - x_1 on the straight path from noise: v is its opposite
+    out = eps - x_1
+    assert torch.allclose(to_velocity(t[0] * x_1[:1] + (1 - t[0]) * eps[:1], z_lr[:1], out[:1], "noise_minus_clean", *linear_path(t[:1])), -out[:1])
+
+
+def test_any_schedule_is_the_linear_path_scaled():
+    """Variance-preserving alpha, sigma: x / (alpha + sigma) lies on the linear path at t = alpha / (alpha + sigma)."""
+    angle = torch.linspace(0.05, 1.5, 7, dtype=torch.float64)
+    alpha, sigma = angle.sin(), angle.cos()
+    t, scale = to_linear(alpha, sigma)
+    (a, b, c), _ = linear_path(t)
+    assert torch.allclose(a * scale, alpha) and torch.allclose(c * scale, sigma) and not b.any()
+
+
+def test_resshift_flow_keeps_the_marginals():
+    """z_1 ~ N(m, s^2): integrated along eta by dz/d eta = (z_lr - z_1) + (z - z_1 - eta (z_lr - z_1)) / (2 eta) with the exact
+    mean of z_1, samples have at every eta the mean (1 - eta) m + eta z_lr and the variance (1 - eta)^2 s^2 + kappa^2 eta; and so
+    over t, where v is of one size."""
+    m, s, z_lr, kappa = 0.4, 0.7, -0.5, 2.0
+    e0 = resshift.SQRT_ETA_END**2
+    g = torch.Generator().manual_seed(1)
+    mean = lambda eta: (1 - eta) * m + eta * z_lr
+    var = lambda eta: (1 - eta) ** 2 * s**2 + kappa**2 * eta
+    clean = lambda z, eta: m + (1 - eta) * s**2 / var(eta) * (z - mean(eta))  # E[z_1 | z_eta]
+    start = mean(e0) + var(e0) ** 0.5 * torch.randn(4000, generator=g, dtype=torch.float64)
+    z, etas = start.clone(), torch.logspace(0, -3, 401, dtype=torch.float64) * e0
+    slope = lambda z, eta: (z_lr - clean(z, eta)) + (z - clean(z, eta) - eta * (z_lr - clean(z, eta))) / (2 * eta)
+    for now, then in zip(etas[:-1], etas[1:]):
+        middle = z + (then - now) / 2 * slope(z, now)
+        z = z + (then - now) * slope(middle, (now + then) / 2)
+        if then in etas[100::100]:
+            assert abs(z.mean() - mean(then)) < 0.05 * var(then) ** 0.5 and abs(z.var() / var(then) - 1) < 0.06
+    teacher = Teacher(lambda x_t, y, t: clean(x_t, (resshift.SQRT_ETA_END * (1 - t.view(-1, 1, 1, 1))) ** 2), path=lambda t: resshift.shift_path(t, kappa))
+    x_in = torch.stack([start.view(40, 100), torch.full((40, 100), z_lr, dtype=torch.float64)])[None]
+    sizes = [teacher(x_in, tensor(t)).std().item() for t in (0.0, 0.3, 0.6)]
+    x_1 = integrate(teacher, x_in.clone(), "midpoint", 100)[0]
+    exact = m + s * (start - mean(e0)) / var(e0) ** 0.5  # the one monotone map between two Gaussians
+    assert (x_1[0, 0].flatten() - exact).abs().max() < 0.02 * s
+    assert max(sizes) < 3 * min(sizes)
+
+
+def test_guidance_is_one_batch():
+    calls = []
+    def predict():
+        calls.append(1)
+        return torch.stack([torch.zeros(3), torch.ones(3)])
+    assert torch.equal(teachers.guided(predict, 4.0), torch.full((1, 3), 4.0)) and len(calls) == 1
+
+
+# --- students reach the exact map ---
+
+
+class Mixing(torch.nn.Module):
+    """An invertible linear "autoencoder": channels mixed and scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("m", torch.tensor([[1.0, 0.5, 0.0], [-0.3, 0.8, 0.2], [0.1, 0.0, 1.3]]))
+
+
+class Exact(Teacher):
+    """The exact predictor for z_1 | z_lr ~ N(z_lr / 2, s^2) in its space: what `predicts` says, in closed form. See exact_map."""
+    s, t_last = 0.4, 1.0
+
+    def __init__(self, predicts, path, mixing=None):
+        super().__init__(torch.nn.Identity(), predicts, path)
+        self.mixing = mixing
+
+    def to_latents(self, x):
+        return x if self.mixing is None else torch.einsum("oc,bchw->bohw", self.mixing.m, x)
+
+    def to_pixels(self, z):
+        return z if self.mixing is None else torch.einsum("oc,bchw->bohw", self.mixing.m.inverse(), z)
+
+    def moments(self, z_lr, t):
+        a, b, c = (k.view(-1, 1, 1, 1) for k in self.path(t)[0])
+        return a, b, c, (a / 2 + b) * z_lr, (a**2 * self.s**2 + c**2).sqrt()
+
+    def predict(self, x_t, z_lr, t):
+        a, b, c, mean, deviation = self.moments(z_lr, t)
+        n = (x_t - mean) / deviation**2
+        x_1, eps = z_lr / 2 + a * self.s**2 * n, c * n
+        if self.predicts == "velocity":
+            return sum(k.view(-1, 1, 1, 1) * x for k, x in zip(self.path(t)[1], (x_1, z_lr, eps)))
+        return {"x_1": x_1, "eps": eps, "noise_minus_clean": eps - x_1, "v": a * eps - c * x_1}[self.predicts]
+
+    def exact_map(self, x_0, z_lr):
+        """Where the flow carries x_0: a Gaussian's, deviation by deviation."""
+        _, _, _, mean, deviation = self.moments(z_lr, torch.zeros(1))
+        return z_lr / 2 + self.s * (x_0 - mean) / deviation
+
+
+class LinearStudent(torch.nn.Module):
+    """v = A(t) x_0 + B(t) z_lr, A and B polynomials of t."""
+
+    def __init__(self):
+        super().__init__()
+        self.k = torch.nn.Parameter(torch.zeros(2, 6))
+
+    def forward(self, x_in, t):
+        x_0, z_lr = x_in.chunk(2, 1)
+        a, b = (self.k @ torch.stack([(2 * t - 1) ** i for i in range(6)])).view(2, -1, 1, 1, 1)
+        return a * x_0 + b * z_lr
+
+
+def late_linear(t):  # where a network that predicts eps can be read: not at pure noise, which holds nothing of x_1
+    (a, b, c), (da, db, dc) = linear_path(0.1 + 0.9 * t)
+    return (a, b, c), (0.9 * da, 0.9 * db, 0.9 * dc)
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("predicts, path", [("x_1", lambda t: linear_path(t, 0.5)), ("eps", late_linear), ("noise_minus_clean", linear_path),
+                                            ("velocity", lambda t: linear_path(t, 0.5)), ("x_1", lambda t: resshift.shift_path(t, 2.0))])
+def test_a_student_reaches_the_exact_map(predicts, path, latent):
+    """Eq. (9) to (12) on a teacher in closed form, in pixels and through an invertible autoencoder: t = 1 within 2 %."""
+    torch.manual_seed(0)
+    teacher, student = Exact(predicts, path, Mixing() if latent else None), LinearStudent()
+    x_lr, seeds = torch.randn(32, 3, 2, 2), torch.arange(32)
+    x_in = teacher.start(teacher.to_latents(x_lr), None, seeds)
+    t = (torch.arange(32) + 0.5) / 32 * 1.05 - 0.05
+    s, t, zero = (t + 0.05).clamp(1e-3, 1), t.clamp(min=0), torch.zeros(32)
+    for _ in range(40):  # Eq. (9) is a fixed point: each solve has the targets of the student before
+        with torch.no_grad():
+            v_t = student(x_in, t)
+            x_t_in = kernels.student_state(x_in, v_t, t)
+            u = teacher(torch.cat([x_t_in, x_in]), torch.cat([t, zero]))
+            v_step = mean_slope(teacher, x_t_in, u[:32], t, s - t, "midpoint")
+        optimizer = torch.optim.LBFGS(student.parameters(), max_iter=25, line_search_fn="strong_wolfe", tolerance_grad=1e-9, tolerance_change=1e-12)
+
+        def loss():
+            optimizer.zero_grad()
+            losses = kernels.distill_loss(torch.cat([v_t, student(x_in, s), student(x_in, zero)]), v_step, u, t, s)
+            value = losses[0] + 0.1 * losses[2]
+            value.backward()
+            return value.detach()
+        optimizer.step(loss)
+    with torch.no_grad():
+        found = teacher.to_pixels(one_step(student, x_in, 1.0))
+    exact = teacher.to_pixels(teacher.exact_map(*x_in.chunk(2, 1)))
+    assert (found - exact).square().mean().sqrt() < 0.02 * exact.square().mean().sqrt()
+    losses = distillation_losses(student, teacher, x_in, t, s)
+    assert losses.isfinite().all() and losses[0] < 1e-3
+
+
+# --- files ---
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A tiny ResShift's two files in the published format, of random weights, and the flags that go with them."""
+    monkeypatch.setattr(resshift, "SWINUNET", TINY)
+    monkeypatch.setattr(resshift, "VQ_F4", TINY_VQ)
+    torch.manual_seed(0)
+    net, vq = SwinUNet(**TINY), VQAutoencoder(**TINY_VQ)
+    extra = {"input_blocks.1.1.blocks.1.attn_mask": torch.zeros(4, 64, 64)}  # published files hold such buffers
+    torch.save({"state_dict": {f"module.{k}": v for k, v in {**net.state_dict(), **extra}.items()}}, tmp_path / "net.pth")
+    torch.save(vq.state_dict(), tmp_path / "vq.pth")
+    return tmp_path, argparse.Namespace(autoencoder=str(tmp_path / "vq.pth"), chain=15)
+
+
+def test_a_published_resshift_its_student_and_its_file(published):
+    """Latents there and back, any size, the sampler, and a student that load_model builds again from its file alone."""
+    folder, args = published
+    teacher, _ = teachers.load_teacher(f"resshift:{folder / 'net.pth'}", args)
+    assert teacher.factor == 2 and teacher.multiple == 4 and teacher.t_last == pytest.approx(1 - 0.02 / 0.99)
+    x_lr, seeds = torch.rand(2, 3, 44, 28) * 2 - 1, torch.arange(2)
+    z_lr = teacher.to_latents(x_lr)
+    x_in = teacher.start(z_lr, None, seeds)
+    assert x_in.shape == (2, 6, 22, 14) and torch.equal(x_in[:, 3:], z_lr)
+    assert (x_in[:, :3] - z_lr).std() == pytest.approx(2 * 0.99, rel=0.1)  # the chain's own start, kappa sqrt(eta_T) of noise
+    z_1, nfe = teacher.ancestral(x_in, lambda i: torch.zeros(2, 3, 22, 14), 4)
+    assert nfe == 4 and teacher.to_pixels(z_1).shape == x_lr.shape
+    student = teacher.student()
+    assert torch.allclose(student(x_in, torch.zeros(2)), teacher(x_in, torch.zeros(2)), atol=1e-5)  # Eq. (11) holds from the start
+    assert {n.split(".")[0] for n, p in student.named_parameters() if p.requires_grad} == {"net"}
+    save_release(folder / "student.safetensors", student, dict(stage="distill", task=None, step=1))
+    again, meta = load_model(folder / "student.safetensors")
+    assert isinstance(again, ResShift) and again.one_step and meta["model"]["family"] == "resshift"
+    assert torch.allclose(again(x_in, torch.ones(2)), student(x_in, torch.ones(2)), atol=0.1)  # bfloat16
+    x_1, _ = tiles.restore(again, x_lr, 0.1, seeds, 1.0, tile=32, tile_pad=8)
+    assert x_1.shape == x_lr.shape and x_1.isfinite().all()
+
+
+def test_padding_is_seen_by_nobody():
+    """A Swin block on a map that is not whole windows: what lies under the padding does not matter."""
+    torch.manual_seed(0)
+    block = resshift.SwinBlock(32, 8, 2, 4, 2).eval()
+    mask = block.mask(12, 10, [16, 16], "cpu").view(2, 2, 64, 64)
+    rows = torch.arange(16).roll(-4) >= 12
+    columns = torch.arange(16).roll(-4) >= 10
+    hidden = (rows[:, None] | columns).unflatten(0, (2, 8)).unflatten(2, (2, 8)).permute(0, 2, 1, 3).flatten(2)  # (2, 2, 64)
+    assert (mask.transpose(2, 3)[hidden] == -100).all() and block(torch.randn(1, 32, 12, 10)).shape == (1, 32, 12, 10)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda f: f.write_bytes(b"nothing"), "broken or not a checkpoint"),
+    (lambda f: f.unlink(), "no weights at"),
+    (lambda f: torch.save({"a": torch.zeros(2)}, f), "does not hold ResShift's network"),
+    (lambda f: torch.save([1, 2], f), "not a checkpoint"),
+    (lambda f: torch.save({k: v * float("nan") if v.is_floating_point() else v for k, v in torch.load(f)["state_dict"].items()}, f), "not finite")])
+def test_a_broken_file_is_one_line(published, damage, words):
+    folder, args = published
+    damage(folder / "net.pth")
+    with pytest.raises(InputError, match=words) as e:
+        teachers.load_teacher(f"resshift:{folder / 'net.pth'}", args)
+    assert "\n" not in str(e.value)
+
+
+def test_a_checkpoint_does_not_choose_what_code_runs():
+    with pytest.raises(InputError, match="OFTSR_FAMILIES"):
+        build({"family": "os:getcwd"})
+    with pytest.raises(InputError, match="there is no family"):
+        build({"family": "unknown"})
+
+
+def test_bring_your_own(tmp_path, monkeypatch):
+    """README's example, small: its teacher is distilled, and its student restores once its function is named."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    monkeypatch.setitem(model.FAMILIES, "unet", model.FAMILIES["unet"])  # what load_teacher adds goes with the test
+    args = argparse.Namespace(autoencoder=None, chain=4)
+    teacher, _ = teachers.load_teacher("bring_your_own:teacher", args)
+    student = teacher.student()
+    assert student.config == {"family": "bring_your_own:teacher", "one_step": True}
+    x_in = teacher.start(torch.rand(1, 3, 16, 16), None, torch.arange(1))
+    losses = distillation_losses(student, teacher, x_in, torch.tensor([0.3]), torch.tensor([0.4]))
+    losses.sum().backward()
+    assert losses.isfinite().all() and all(p.grad is not None for p in student.parameters())
+    save_release(tmp_path / "s.safetensors", student, dict(stage="distill", task=None, step=0))
+    del model.FAMILIES["bring_your_own:teacher"]
+    with pytest.raises(InputError, match="OFTSR_FAMILIES=bring_your_own:teacher"):
+        load_model(tmp_path / "s.safetensors")
+    monkeypatch.setenv("OFTSR_FAMILIES", "bring_your_own:teacher")
+    assert load_model(tmp_path / "s.safetensors")[0].one_step

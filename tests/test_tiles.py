@@ -12,6 +12,7 @@ from degradations import H_T
 from colour import to_planes
 from pictures import Picture
 from test_model import tiny
+from model import UNet
 from tiles import feathered_tiles, lr_window, official_tiles, reflect_to, resampled, restore, restore_rows, smaller_tile, tile_spans
 
 
@@ -28,8 +29,8 @@ def photo(height, width, channels=3, dtype=np.uint8):
 
 class Local(torch.nn.Module):
     """A network that looks at one pixel and its noise: any tiling gives the picture made in one piece."""
-    multiple = 4
-    config = dict(channels=8, mults=[1], patch=1)
+    multiple, width = 4, 8
+    start, to_latents, to_pixels = UNet.start, UNet.to_latents, UNet.to_pixels
 
     def __init__(self):
         super().__init__()
