@@ -208,6 +208,7 @@ def end(run, state, stopped):
     if run.lock:
         run.lock.close()
     if run.world > 1:
+        dist.all_reduce(torch.zeros(1))  # nobody leaves while another still listens to it
         dist.destroy_process_group()
     if run.device.type == "cuda":
         run.say(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB a process")
