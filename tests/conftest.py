@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the flat modules: an in
 
 # Tests run beside other work: threads that wait without spinning are many times faster on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# What a shell starts in the background ignores Ctrl-C, and so do its children: here they get it back, as tests send it to them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

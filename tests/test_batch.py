@@ -181,8 +181,7 @@ def test_interrupted_it_leaves_whole_files_and_says_how_to_go_on(folder, weights
             "tiles.restore_tile = slow\nsys.exit(sample.program())")
     command = [sys.executable, "-c", code, "many", "-o", "out", "--ckpt", str(weights / "distill.safetensors"), "--device", "cpu"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # where the tests themselves run in the background
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     while not list(Path("out").glob("*.png")) and program.poll() is None:  # less those under way, whose names begin with a dot
         time.sleep(0.05)
     program.send_signal(signal.SIGINT)
