@@ -259,8 +259,11 @@ def whole(tensor):
 
 
 def like(tensor, pattern):
-    """A whole tensor spread over the processes as the pattern is; any other as it is."""
-    return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements) if isinstance(pattern, DTensor) else tensor
+    """A whole tensor of the pattern's shape, spread over the processes or laid out in memory as that is: Adam's fused steps take for
+    granted that a parameter and its moments lie alike, and --shard leaves them contiguous where a network is channels_last."""
+    if isinstance(pattern, DTensor):
+        return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements)
+    return torch.empty_like(pattern, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
 def exchange_gradients(module, now):
