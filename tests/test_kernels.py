@@ -199,6 +199,14 @@ def test_noise_is_one_noise(device):
     assert torch.equal(kernels.normal(seeds, (3, 4, 5, 40), corner=far).cpu(), reference.normal(seeds.cpu(), (3, 4, 5, 40), corner=far))
 
 
+def test_too_large_for_the_memory_is_one_sentence(capfd):
+    """And says so in words that sample.py knows, and PyTorch's stack does not come with it."""
+    native("cpu")
+    with pytest.raises(RuntimeError, match="cannot allocate memory"):
+        kernels.normal(torch.tensor([1]), (1, 3, 10**6, 10**6))  # 12 terabytes
+    assert "frame #" not in capfd.readouterr().err
+
+
 def test_noise_is_normal():
     """A million draws: mean 0 and variance 1 within 4 standard errors, Kolmogorov-Smirnov, tails, independent neighbours."""
     from scipy import stats

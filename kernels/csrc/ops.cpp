@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <iostream>
 #include <optional>
 #include <sstream>
 #include <tuple>
@@ -114,15 +115,32 @@ static void ask_for_huge_pages(const Tensor& x) {
 #endif
 }
 
+// What PyTorch allocates in make(), or one sentence: PyTorch itself would write forty lines of its stack to std::cerr.
+template <class F> static Tensor allocated(F make) {
+  std::streambuf* terminal = std::cerr.rdbuf(nullptr);
+  try {
+    Tensor y = make();
+    std::cerr.rdbuf(terminal);
+    return y;
+  } catch (const std::exception&) {
+    std::cerr.rdbuf(terminal);
+    throw std::runtime_error("the kernels cannot allocate memory for a tensor that they need.");
+  }
+}
+
+static Tensor in_order(const Tensor& x, MemoryFormat format) { return allocated([&] { return torch::stable::contiguous(x, format); }); }
+
 // An output of x's memory format.
 static Tensor new_like(const Tensor& x, int64_t B, int64_t C) {
-  Tensor y = torch::stable::empty({B, C, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                  is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  MemoryFormat format = is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  Tensor y = allocated([&] { return torch::stable::empty({B, C, x.size(2), x.size(3)}, x.scalar_type(), std::nullopt, x.device(), std::nullopt, format); });
   ask_for_huge_pages(y);
   return y;
 }
 
-static Tensor new_vector(const Tensor& x, std::vector<int64_t> size, ScalarType dtype) { return torch::stable::empty(size, dtype, std::nullopt, x.device()); }
+static Tensor new_vector(const Tensor& x, std::vector<int64_t> size, ScalarType dtype) {
+  return allocated([&] { return torch::stable::empty(size, dtype, std::nullopt, x.device()); });
+}
 
 // Statistics, parameters and sums: float32, or float64 where x is.
 static ScalarType arithmetic(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
@@ -308,7 +326,7 @@ static int64_t pixel_stride(const Tensor& x) { return x.stride(x.size(3) > 1 ? 3
 static Tensor regular(const Tensor& x) {
   bool rows = x.size(2) <= 1 || x.size(3) <= 1 || x.stride(2) == x.size(3) * x.stride(3), last = x.stride(1) == 1, first = pixel_stride(x) == 1;
   if (rows && (last || first)) return x;
-  return torch::stable::contiguous(x, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return in_order(x, last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 static const void* parameter(const Tensor& p, const char* name, const Tensor& x, std::vector<int64_t> size) {
@@ -358,7 +376,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backwa
   Tensor x = regular(x_any), dx = new_like(x_any, x.size(0), x.size(1));
   Norm a = norm(x, groups, weight, bias, scale, shift, mean, rstd);
   view_of_type(dy_any, "dy", shape(x, "x"), x);
-  Tensor dy = torch::stable::contiguous(dy_any, a.x.c == 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Tensor dy = in_order(dy_any, a.x.c == 1 ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   View dy_view = view(dy, "dy"), dx_view = view(dx, "dx");
   dy_view.w = pixel_stride(dy), dx_view.w = pixel_stride(dx);
   Tensor dweight = new_vector(x, {a.C}, arithmetic(x)), dbias = new_vector(x, {a.C}, arithmetic(x));
@@ -378,14 +396,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backwa
 static float* conv_values(const Tensor& x, const char* name, Tensor& kept) {
   check(x.is_cpu() && x.scalar_type() == ScalarType::Float, name, " must be a float32 tensor on the CPU.");
   shape(x, name);
-  kept = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+  kept = in_order(x, MemoryFormat::ChannelsLast);
   return static_cast<float*>(kept.data_ptr());
 }
 
 static void check_channels(int64_t C, int64_t O) { check(C && O && C % 32 == 0 && O % 32 == 0, "conv3x3 takes multiples of 32 channels, not ", C, " to ", O, "."); }
 
 static Tensor new_last(const Tensor& like, std::vector<int64_t> size) {
-  Tensor y = torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast);
+  Tensor y = allocated([&] { return torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast); });
   ask_for_huge_pages(y);
   return y;
 }
