@@ -9,6 +9,7 @@
     python evaluate.py --data_dir DIR --metrics psnr_rgb,lpips,fid,dists,musiq
     python evaluate.py --data_dir DIR --tune_t psnr_rgb=26        # which t gives 26 dB on these pictures
     python evaluate.py --pairs out/eval/bicubic/seed0 out/eval/hr # any two folders of pictures, paired by stem
+    python evaluate.py --pairs drawn/ DIR --metrics fid           # of Fréchet distances alone: any number in each
     python evaluate.py --data_dir HR --lr_dir LR --metrics psnr_rgb,lpips,niqe   # pairs that somebody took, as RealSR's
     torchrun --nproc_per_node 2 -- evaluate.py --data_dir DIR     # the processes share the pictures
 
@@ -37,7 +38,7 @@ from console import InputError, Parser, Progress, in_range
 from degradations import H_T, H, observe, to_float
 from folders import note
 from kernels import to_uint8
-from metrics import BACKBONES, FEW, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
+from metrics import BACKBONES, FEW, FID_MODES, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
 from model import UNet, keep_freed_memory, load_model, pick_device, pick_dtype
 from partners import find_partners
 from pairs import by_stem, clear, find_pairs, find_truth, load_truth
@@ -471,8 +472,10 @@ def pick(args, crop, device):
 
 
 def measure_pairs(args, device):
-    """The table of one row for two folders."""
+    """The table of one row for two folders; of Fréchet distances alone, of all pictures of each, be they pairs or not (Appendix F)."""
     restored, truth = args.pairs
+    if set(args.metrics) <= {*FID_MODES, "fd_vgg16"}:
+        return measure_folders(args, device)
     pairs = find_pairs(restored, truth)
     crop = data.TASKS[args.dataset or "photos"].scale if args.scale is None else args.scale
     metrics = pick(args, crop, device)
@@ -490,6 +493,19 @@ def measure_pairs(args, device):
     print(table_line(None, len(row["name"]), metrics.names()) + "\n" + table_line(row, len(row["name"]), metrics.names()))
     if args.json:
         write_json(args.json, protocol, [row])
+
+
+def measure_folders(args, device):
+    """Fréchet distances of one folder's pictures to another's, however many each has."""
+    files = [list_images(folder) for folder in args.pairs]
+    metrics = pick(args, 0, device)
+    warn_of_few(metrics, min(map(len, files)))
+    scores = measure_sets(*files, metrics, {})
+    print(f"{len(files[0])} pictures of {args.pairs[0]} against {len(files[1])} of {args.pairs[1]}; {''.join(f'{text}; ' for text in metrics.notes)}torch {torch.__version__}")
+    print("  ".join(f"{name} {value:.{METRICS[name]}f}" for name, value in scores.items()))
+    if args.json:
+        protocol = dict(restored=str(args.pairs[0]), truth=str(args.pairs[1]), pictures=[len(f) for f in files], metrics=metrics.notes, torch=torch.__version__)
+        write_json(args.json, protocol, [dict(name=Path(args.pairs[0]).name, **scores)])
 
 
 def warn_of_few(metrics, count):

@@ -258,6 +258,16 @@ def test_strength_is_a_scale_from_nothing_to_the_published():
     assert 0.25 < len(sharpened) / 1000 < 0.45 and max(k.max() for k in sharpened) < 1 + 0.8
 
 
+def test_nine_accidents_to_look_at(tmp_path):
+    picture = str(data.ASSETS / "cat.png")
+    degradations.main([picture, "-o", str(tmp_path / "draws.png"), "--zoom", "1"])
+    sheet = np.array(Image.open(tmp_path / "draws.png"))
+    assert sheet.shape == (3 * 75, 3 * 112, 3) and not np.array_equal(sheet[:75, :112], sheet[75:150, :112])
+    degradations.main([picture, "-o", str(tmp_path / "draws.png"), "--strength", "0", "--zoom", "1"])
+    sheet = np.array(Image.open(tmp_path / "draws.png"))
+    assert np.array_equal(sheet[:75, :112], sheet[150:, 224:])  # nothing happened to any of them
+
+
 # --- the tasks ---
 
 

@@ -16,6 +16,7 @@ import data
 import evaluate
 import figures
 import folders
+import metrics
 from console import InputError
 from degradations import to_float
 from model import UNet, count_macs, network_config, save_release
@@ -458,3 +459,16 @@ def test_multiply_accumulates_of_the_standard_layers_are_table_10s():
     with torch.device("meta"):
         small = UNet(**network_config("tiny", sigma_p=0.1, sigma_d=0.1))
     assert count_macs(small, 256, 256) < count_macs(small, 256, 256, standard=True)  # what UpConv saves
+
+
+def test_frechet_distances_of_two_folders_need_no_pairs(tmp_path, monkeypatch, capsys):
+    """FID of N drawn pictures against a folder (Appendix F), with features that are the pictures' means."""
+    write(tmp_path / "drawn", a_png=smooth(1, 40, 40), b_png=smooth(2, 40, 40), c_png=smooth(3, 40, 40))
+    write(tmp_path / "real", x_png=smooth(4, 40, 48), sub__y_png=smooth(5, 48, 40))
+    features = lambda files: np.stack([read_image(f).mean(axis=(0, 1)) for f in files]).astype(np.float64)
+    monkeypatch.setattr(metrics, "load_vgg16", lambda *a: features)
+    run(monkeypatch, "--pairs", tmp_path / "drawn", tmp_path / "real", "--metrics", "fd_vgg16", "--json", tmp_path / "s.json")
+    said = capsys.readouterr()
+    assert "3 pictures of" in said.out and "against 2 of" in said.out and "fd_vgg16 of 2 pictures" in said.err
+    expected = metrics.frechet_distance(features(sorted((tmp_path / "drawn").iterdir())), features(sorted((tmp_path / "real").rglob("*.png"))))
+    assert json.loads((tmp_path / "s.json").read_text())["rows"][0]["fd_vgg16"] == pytest.approx(expected)
