@@ -32,7 +32,7 @@ import numpy as np
 # PyTorch takes seconds to load. Where it is needed it is imported inside the functions, so that --help and a mistyped
 # flag are answered at once.
 from batch import STRIP, find_inputs, is_file_name, origin, plan
-from colour import from_planes, resized, split_alpha, to_planes
+from colour import BAND, from_planes, resized, split_alpha, to_planes
 from console import VERSION, InputError, Parser, Progress, in_range
 from pictures import MAX_PIXELS, as_picture, losses, open_writer, read_picture, write_picture
 
@@ -101,12 +101,14 @@ def enlarge(net, task, picture, t, seed, size=None, tile="auto", dtype=None, pro
         yield dial.consistent(whole[None], torch.from_numpy(to_planes(colour))[None], task.degradation, task.scale)[0].numpy()
 
     bands = projected() if consistent else planes()
-    for rows in bands if size == own else resampled(bands, *own, *size):
-        rows = from_planes(rows, colour.shape[2], colour.dtype)
-        if alpha is not None:
-            rows = np.concatenate([rows, resized(alpha, *size, done, done + len(rows))], axis=-1)
-        done += len(rows)
-        yield rows, nfe
+    step = max(1, BAND // size[1])  # rows at a time: what follows makes several copies
+    for band in bands if size == own else resampled(bands, *own, *size):
+        for y in range(0, band.shape[1], step):
+            rows = from_planes(band[:, y : y + step], colour.shape[2], colour.dtype)
+            if alpha is not None:
+                rows = np.concatenate([rows, resized(alpha, *size, done, done + len(rows))], axis=-1)
+            done += len(rows)
+            yield rows, nfe
 
 
 def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile="auto", solver=None, steps=None, outscale=None,
@@ -464,6 +466,8 @@ def program():
         return main()
     except (InputError, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: {e}")
+    except MemoryError:
+        sys.exit(f"{Path(sys.argv[0]).name}: there is not enough memory for PyTorch and the network")
     except KeyboardInterrupt:
         print("stopped before any picture", file=sys.stderr)
         return 130
