@@ -4,6 +4,7 @@
     python bench.py kernels --only norm     those whose name contains "norm"
     python bench.py kernels --device cuda --dtype bfloat16
     python bench.py model                   the published FFHQ network's one step: as published, and ours
+    python bench.py train                   an update of both stages: as published, and ours, and where its time goes
     python bench.py memory --size 128       what training keeps for the backward pass: GiB a picture, by preset and stage
     python bench.py degradation             the real world's degradation: ours, and one by one with OpenCV and a codec
 
@@ -17,8 +18,10 @@ import argparse
 import copy
 import math
 import os
+import statistics
 import time
 import types
+from dataclasses import replace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make every time a multiple of the scheduler's slice
 
@@ -32,10 +35,13 @@ import data
 import distill
 import kernels
 import model
+import training
 from console import in_range
-from degradations import draw, real, uniforms
+from degradations import degrade, draw, real, to_float, uniforms
+from distill import distillation_losses
 from kernels import reference
 from pictures import read_image
+from train_flow import flow_loss
 
 SIGMA_P, DT, ALPHA = 0.2, 0.1, 0.5
 
@@ -271,10 +277,10 @@ def as_published(net):
     return net
 
 
-def random_network(device):
-    """The published network with random weights, none of its layers zero."""
+def random_network(device, preset="ffhq"):
+    """A preset's network (default: the published one) with random weights, none of its layers zero."""
     torch.manual_seed(0)
-    net = model.UNet(**model.PRESETS["ffhq"]).to(device).eval().requires_grad_(False)
+    net = model.UNet(**model.network_config(preset, True, 0.1, 0.16)).to(device).eval().requires_grad_(False)
     for p in net.parameters():
         if p.dim() > 1 and not p.any():
             nn.init.normal_(p, std=0.3 / math.sqrt(p[0].numel()))
@@ -317,6 +323,82 @@ def bench_model(device, size):
         published = published or columns[0][1]
         for (name, *_), (low, median, high) in zip(rows, columns, strict=True):
             print(f"{name:45}{low:>9.1f} {median:>9.1f} {high:>9.1f} ms{published / median:>7.2f}x", flush=True)
+
+
+# --- training ---
+
+PARTS = ("data", "forward", "backward", "optimizer", "average")
+
+
+def train_step(net, batches, loss, optimizer, average, autocast, device):
+    """One update of a network: the seconds of its PARTS. loss(net, x_1, seeds, t) -> a number; average(): of the weights."""
+    marks = [time.perf_counter()]
+
+    def mark():
+        synchronise(device)
+        marks.append(time.perf_counter())
+    x_1, n = next(batches)
+    x_1, seeds, t = to_float(x_1.to(device)), data.image_seeds(0, n).to(device), data.uniform_times(0, n).to(device)
+    mark()
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+        value = loss(net, x_1, seeds, t)
+        mark()
+        value.backward()
+    mark()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    mark()
+    average()
+    mark()
+    return [b - a for a, b in zip(marks, marks[1:])]
+
+
+def bench_train(device, preset, batch, size, steps):
+    """Updates a second of stage 1, as published (float32, contiguous, eager, a loop for the average) and ours, and of stage 2, in turn; the median of each part."""
+    task = replace(data.TASKS["photos"], image_size=size, sigma_p=SIGMA_P)
+    batches = data.training_batches(sorted(data.ASSETS.glob("*.png")), task, 0, batch, 0, 0, 1, 0)
+    ours = random_network(device, preset).requires_grad_(True).train()
+    plain, teacher = as_published(ours), copy.deepcopy(ours).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    ours = ours.to(memory_format=torch.channels_last)
+    student, shadow = copy.deepcopy(ours), [p.detach().clone() for p in plain.parameters()]
+    fast = model.pick_dtype("auto", torch.device(device)) == torch.bfloat16
+
+    def published_loss(net, x_1, seeds, t):
+        x_in, target = eager_training_pair(x_1, degrade(x_1, task, seeds), t, seeds)
+        return (net(x_in, t) - target).abs().mean()
+
+    def our_loss(net, x_1, seeds, t):
+        return flow_loss(net, *kernels.flow_training_pair(x_1, degrade(x_1, task, seeds), t, SIGMA_P, seeds), t, "l1").mean()
+
+    def distill_loss(net, x_1, seeds, t):
+        x_in = kernels.noise_augment(degrade(x_1, task, seeds), SIGMA_P, seeds)
+        return distillation_losses(net, teacher, x_in, t * 0.94, t * 0.94 + 0.05).sum()
+
+    @torch.no_grad()
+    def published_average():
+        for s, p in zip(shadow, plain.parameters()):
+            s.sub_((s - p) * (1 - 0.9999))
+    rows = [("stage 1, as published", plain, published_loss, published_average, False)]
+    rows += [(name, net, loss, lambda net=net, ema=training.EMA(net): ema.update(net), fast) for name, net, loss in
+             (("stage 1, ours", ours, our_loss), ("stage 2, ours", student, distill_loss))]
+    optimizers = [torch.optim.Adam(plain.parameters(), lr=1e-5), *(training.make_optimizers(net, "adam", 1e-5, torch.float32)[0] for net in (ours, student))]
+    model.keep_freed_memory()
+    times = [[] for _ in rows]
+    for step in range(steps + 2):  # the first two are not counted
+        for taken, optimizer, (_, net, loss, average, autocast) in zip(times, optimizers, rows, strict=True):
+            taken.append(train_step(net, batches, loss, optimizer, average, autocast, device))
+    what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{preset}, batch {batch}, {size}x{size}, {what}, torch {torch.__version__}, {'bfloat16' if fast else 'float32'}, median of {steps} updates, ms")
+    print(f"{'':24}{'images/s':>10}{'all':>10}" + "".join(f"{part:>10}" for part in PARTS))
+    totals = []
+    for (name, *_), taken in zip(rows, times, strict=True):
+        parts = [1e3 * statistics.median(column) for column in zip(*taken[2:])]
+        totals.append(1e3 * statistics.median(sum(one) for one in taken[2:]))
+        print(f"{name:24}{1e3 * batch / totals[-1]:>10.2f}{totals[-1]:>10.1f}" + "".join(f"{part:>10.1f}" for part in parts))
+    print(f"ours is {totals[0] / totals[1]:.2f} times as fast as published; stage 2 takes {totals[2] / totals[1]:.2f} times a step of stage 1")
+    if device == "cuda":
+        print(f"peak memory of all of it {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
 # --- memory ---
@@ -438,16 +520,21 @@ def bench_degradation(device, size, scale=4, count=64):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=["kernels", "model", "memory", "degradation"])
+    parser.add_argument("what", choices=["kernels", "model", "train", "memory", "degradation"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in; memory: of the arithmetic")
     parser.add_argument("--only", default="", help="kernels, memory: those whose name contains this")
     parser.add_argument("--size", type=in_range(int, 16), help="height and width of the pictures (default: 256; degradation: 128)")
+    parser.add_argument("--model", default="photos", choices=[name for name, config in model.PRESETS.items() if "family" not in config], help="train: network preset")
+    parser.add_argument("--batch", type=in_range(int, 1), default=4, help="train: pictures an update")
+    parser.add_argument("--steps", type=in_range(int, 1), default=10, help="train: updates to take the median of")
     args = parser.parse_args(argv)
     if args.what == "kernels":
         bench_kernels(args.device, getattr(torch, args.dtype), args.only, args.size or 256)
     elif args.what == "model":
         bench_model(args.device, args.size or 256)
+    elif args.what == "train":
+        bench_train(args.device, args.model, args.batch, args.size or 128, args.steps)
     elif args.what == "memory":
         bench_memory(getattr(torch, args.dtype), args.only, args.size or 128)
     else:

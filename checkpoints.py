@@ -95,7 +95,7 @@ def load_tensors(path):
         meta = json.loads(header.get("oftsr", "null"))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(f"{path} is broken or not a .safetensors file ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
-    if "sha256" in header and header["sha256"] != checksum(raw, header["oftsr"]):
+    if "oftsr" in header and header.keys() - {"oftsr", "sha256"} or "sha256" in header and header["sha256"] != checksum(raw, header.get("oftsr", "")):
         raise InputError(f"{path} is broken: its bytes are not those that were written (SHA-256)")
     if not isinstance(meta, (dict, type(None))):
         raise InputError(f"{path} is not one of ours: what it says of itself is a {type(meta).__name__}")

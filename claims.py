@@ -1,6 +1,6 @@
 """Do the paper's orderings appear in small? Trains ten small networks on photographs under each of three seeds, and says.
 
-    python claims.py --data_dir DIR                  # an hour on 2 idle cores
+    python claims.py --data_dir DIR                  # planned for an hour on 2 idle cores, by CPU times
     python claims.py --data_dir DIR --iters 300      # quicker, and less is to be expected
 
 DIR is a folder of photographs; its validation part is measured (data.py: folders), on crops of 128 x 128, rounded to 8 bits. What is

@@ -45,3 +45,9 @@ def test_the_network(capsys, monkeypatch):
     bench.main(["model", "--device", "cpu", "--size", "32"])
     said = capsys.readouterr().out
     assert "all results match" in said and "float32, as published" in said
+
+
+def test_the_training_table_has_its_rows(capsys):
+    bench.main(["train", "--device", "cpu", "--size", "32", "--model", "tiny", "--batch", "1", "--steps", "1"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("stage 1, as published", "stage 1, ours", "stage 2, ours", *bench.PARTS)) and "times as fast as published" in out

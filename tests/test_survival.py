@@ -335,8 +335,8 @@ def test_edited_releases_are_one_line(tmp_path):
     for meta, state in ((json.dumps([1]), tensors), ("{", tensors), (json.dumps({**good, "stage": 5}), tensors), (json.dumps({**good, "task": "photos"}), tensors),
                         (json.dumps({**good, "model": [3]}), tensors), (json.dumps({**good, "step": {}}), tensors), ("[" * 100_000, tensors),
                         (json.dumps(good), {**tensors, first: tensors[first].long()}), (json.dumps(good), {**tensors, first: tensors[first] / 0}),
-                        (json.dumps(good), {k: v for k, v in tensors.items() if k != first})):
-        save_file(state, tmp_path / "e.safetensors", metadata={"oftsr": meta})
+                        (json.dumps(good), {k: v for k, v in tensors.items() if k != first}), (None, tensors)):
+        save_file(state, tmp_path / "e.safetensors", metadata={"oftsr": meta} if meta else {"sha256": "0" * 64})
         with pytest.raises(InputError) as e:
             load_model(tmp_path / "e.safetensors")
         assert "e.safetensors" in str(e.value) and "\n" not in str(e.value)

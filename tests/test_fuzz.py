@@ -1,0 +1,92 @@
+"""Fuzzing, a bounded run: files with bytes changed, flags drawn at random. `python tests/test_fuzz.py SECONDS` is the long one."""
+import random
+import sys
+import time
+
+import pytest
+import torch
+
+import train_flow
+from checkpoints import save_checkpoint
+from console import InputError
+from model import load_model, save_release
+from test_model import tiny
+
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+
+def mutate(raw, rng):
+    """A file with one to eight of its bytes changed, a piece cut out or doubled, or its end cut off."""
+    raw = bytearray(raw)
+    place = rng.randrange(len(raw))
+    kind = rng.randrange(4)
+    if kind == 0:
+        for _ in range(rng.randint(1, 8)):
+            raw[rng.randrange(min(len(raw), rng.choice((64, 4096, len(raw)))))] = rng.randrange(256)
+    elif kind == 1:
+        del raw[place : place + rng.randint(1, 4096)]
+    elif kind == 2:
+        raw[place:place] = raw[place : place + rng.randint(1, 4096)]
+    else:
+        del raw[place:]
+    return bytes(raw)
+
+
+def originals(folder):
+    """The files that are mutated: (name, bytes)."""
+    net = tiny()
+    save_release(folder / "a.safetensors", net, dict(stage="flow", step=1, task=None))
+    save_checkpoint(folder / "a.pt", dict(stage="flow", task=None, step=1, model=net.config, ema=dict(shadow_params=list(net.parameters()))))
+    return [(name, (folder / name).read_bytes()) for name in ("a.safetensors", "a.pt")]
+
+
+def fuzz(folder, count, seed, until=None):
+    """Load `count` mutated files, or until that time: (how many were refused in one line, how many loaded and were the original's weights)."""
+    rng, refused, same, files = random.Random(seed), 0, 0, originals(folder)
+    weights = [[p.clone() for p in load_model(folder / name)[0].parameters()] for name, _ in files]
+    for i in range(count):
+        if until and time.time() > until:
+            break
+        which = i % len(files)
+        name, raw = files[which]
+        (folder / name).write_bytes(mutate(raw, rng))
+        try:
+            net, _ = load_model(folder / name)
+        except InputError as e:
+            assert name in str(e) and "\n" not in str(e)
+            refused += 1
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(net.parameters(), weights[which], strict=True)), f"{name}, mutation {i} of seed {seed}, loaded as another network"
+            same += 1
+    return refused, same
+
+
+def test_mutated_weights_are_refused_in_one_line_or_are_the_same(tmp_path):
+    refused, same = fuzz(tmp_path, 120, 0)
+    assert refused + same == 120 and refused > 100
+
+
+NUMBERS = st.one_of(st.integers(-3, 70), st.floats(-2, 300), st.sampled_from(("nan", "inf", "-1", "1e999", "", "x", "0x10", "١")))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.sampled_from(("image_size", "scale", "sigma_p", "sigma_n", "batch_size", "max_iters", "learning_rate", "warmup_iters", "ema", "t0_share", "hflip",
+                                        "seed", "num_workers", "gradient_accumulation_steps", "eval_interval")), NUMBERS, max_size=3))
+def test_any_flags_run_or_are_refused_in_one_line(flags):
+    args = ["--model", "tiny", "--device", "cpu", "--dry_run", *(f"--{name}={value}" for name, value in flags.items())]
+    try:
+        train_flow.main(args)
+    except InputError as e:
+        assert "\n" not in str(e)
+    except SystemExit as e:
+        assert e.code == 2  # argparse's
+
+
+if __name__ == "__main__":
+    import tempfile
+    from pathlib import Path
+    seed = int(time.time())
+    with tempfile.TemporaryDirectory() as folder:
+        print("seed", seed, "refused, same:", fuzz(Path(folder), 10**9, seed, until=time.time() + float(sys.argv[1])))
