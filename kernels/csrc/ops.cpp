@@ -12,6 +12,7 @@
 #endif
 
 #include <iostream>
+#include <mutex>
 #include <optional>
 #include <sstream>
 #include <tuple>
@@ -117,6 +118,8 @@ static void ask_for_huge_pages(const Tensor& x) {
 
 // What PyTorch allocates in make(), or one sentence: PyTorch itself would write forty lines of its stack to std::cerr.
 template <class F> static Tensor allocated(F make) {
+  static std::mutex one_at_a_time;  // std::cerr is everybody's: two threads here could leave it silent
+  std::lock_guard<std::mutex> guard(one_at_a_time);
   std::streambuf* terminal = std::cerr.rdbuf(nullptr);
   try {
     Tensor y = make();
