@@ -167,7 +167,7 @@ def test_shared_out_weights_are_the_same_training(photos, tmp_path, whole):  # n
     assert two["params"].keys() == one["params"].keys() and two["seen"] == one["seen"]
     assert [e["loss"] for e in log_of(tmp_path / "two") if "loss" in e] == pytest.approx([e["loss"] for e in log_of(tmp_path / "one") if "loss" in e], rel=1e-2)
     for a, b in zip(one["ema"]["shadow_params"], two["ema"]["shadow_params"], strict=True):
-        assert (a - b).abs().mean() < 1e-6
+        assert (a - b).abs().mean() < 2e-5  # roundings; moments read in another order would make 6e-4
     with pytest.raises(InputError, match="start them with torchrun"):
         run(train_flow, photos, tmp_path / "three", "--shard")
 
