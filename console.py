@@ -136,7 +136,11 @@ class Progress:
         self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
-            self.bar = tqdm(total=total, unit=unit, position=rank, leave=False, dynamic_ncols=True, smoothing=0.05,
+            try:
+                unknown = os.get_terminal_size(sys.stderr.fileno()).columns == 0  # a terminal that does not say how wide it is
+            except (AttributeError, OSError):
+                unknown = True
+            self.bar = tqdm(total=total, unit=f" {unit}", position=rank, leave=False, smoothing=0.05, dynamic_ncols=not unknown, **(dict(ncols=80, nrows=24) if unknown else {}),
                             bar_format="{desc} |{bar}| {percentage:.0f} %, {remaining} left, {rate_noinv_fmt}")
 
     def start(self, text):
