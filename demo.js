@@ -261,7 +261,7 @@ let rest = null;
 dial.addEventListener("input", () => {
   refresh();
   clearTimeout(rest);
-  rest = setTimeout(() => { if (session && !painted) ask(+dial.value, false); }, 120);
+  rest = setTimeout(() => { if (session && !painted) ask(+dial.value, false); }, 50);
 });
 find("region").addEventListener("input", () => { find("region-value").textContent = (+find("region").value).toFixed(2); });
 find("fit").addEventListener("click", () => { if (session) { fit(); draw(); } });
