@@ -159,10 +159,10 @@ def test_the_flow_learns(optimizer, photos, tmp_path):
 
 @pytest.mark.parametrize("objective", ["oftsr", "boot", "pinn"])
 def test_distillation_starts_from_the_teacher_and_lowers_its_loss(objective, photos, teacher, tmp_path):
-    run(distill, photos, tmp_path, "--teacher", teacher, "--loss", objective, "--max_iters", 90, "--log_interval", 30, "--learning_rate", 3e-4,
-        "--eval_interval", 90, "--solver", "euler", "--dt", 0.2)
+    run(distill, photos, tmp_path, "--teacher", teacher, "--loss", objective, "--max_iters", 200, "--log_interval", 40, "--learning_rate", 1e-3,
+        "--eval_interval", 200, "--solver", "euler", "--dt", 0.2)
     log = [e for e in log_of(tmp_path) if "loss" in e]
-    assert log[-1]["distill"] < 0.96 * log[0]["distill"]
+    assert log[-1]["distill"] < 0.9 * log[0]["distill"]
     for file in ("ckpt.pt", "weights.safetensors"):
         model, meta = load_model(tmp_path / file)
         assert meta["stage"] == "distill" and model.one_step
@@ -173,9 +173,9 @@ def test_a_student_goes_on_with_the_truth(photos, teacher, tmp_path):
     bent.time_embed["2"].weight *= 10  # no longer smooth in t
     save_release(tmp_path / "bent.safetensors", bent, dict(load_model(teacher)[1], stage="distill"))
     run(distill, photos, tmp_path, "--loss", "perceptual", "--teacher", teacher, "--init_from", tmp_path / "bent.safetensors",
-        "--max_iters", 120, "--log_interval", 20, "--eval_interval", 120, "--learning_rate", 3e-4, "--batch_size", 4)
+        "--max_iters", 180, "--log_interval", 20, "--eval_interval", 180, "--learning_rate", 3e-4, "--batch_size", 4)
     log = [e for e in log_of(tmp_path) if "loss" in e]
-    assert all(log[-1][part] < 0.93 * log[0][part] for part in ("looks", "truth", "line", "critic"))
+    assert all(log[-1][part] < 0.9 * log[0][part] for part in ("looks", "truth", "line", "critic"))
     model, meta = load_model(tmp_path / "weights.safetensors")
     assert meta["stage"] == "distill" and model.one_step
 
