@@ -42,15 +42,16 @@ def reflect_to(x, height, width):
 
 
 def tile_spans(length, tile, overlap, multiple=1):
-    """Starts of tiles of that size that cover `length` evenly, and each tile's weights: a partition of unity.
+    """Starts of tiles of that size, or as much smaller as so many can be and cover `length`, and each tile's weights: a partition of unity.
 
-    Returns [(start, (tile,) float32)]: along the overlaps the weights are ramps, and over all tiles they sum to 1.
+    Returns [(start, (side,) float32)]: along the overlaps the weights are ramps, and over all tiles they sum to 1.
     Starts are multiples of `multiple`, as length and tile have to be then.
     """
     if length <= tile:
         return [(0, torch.ones(length))]
     stride = max(multiple, (tile - overlap) // multiple * multiple)
     count = -(-(length - tile) // stride) + 1
+    tile = min(tile, -(-(length + (count - 1) * overlap) // (count * multiple)) * multiple)  # or they would overlap by more than they need
     starts = [round(i * (length - tile) / ((count - 1) * multiple)) * multiple for i in range(count)]
     ramp = torch.minimum(torch.arange(tile) + 1, tile - torch.arange(tile)).clamp(max=overlap).float()
     total = torch.zeros(length)

@@ -46,9 +46,14 @@ class Local(torch.nn.Module):
 @pytest.mark.parametrize("length, tile, overlap, multiple", [
     (100, 40, 8, 1), (41, 40, 8, 1), (40, 40, 8, 1), (16, 40, 8, 1), (1000, 96, 64, 1), (1000, 96, 64, 8), (104, 64, 2, 8), (72, 64, 62, 8), (16000, 768, 64, 8)])
 def test_tiles_cover_and_their_weights_sum_to_one(length, tile, overlap, multiple):
-    total = torch.zeros(length)
-    for start, weights in tile_spans(length, tile, overlap, multiple):
-        assert start >= 0 and start + len(weights) <= length and len(weights) == min(tile, length) and start % multiple == 0
+    total, spans = torch.zeros(length), tile_spans(length, tile, overlap, multiple)
+    side = len(spans[0][1])
+    assert side <= min(tile, length) and side % multiple == 0 or side == length
+    assert len(spans) * (side - multiple) < length + (len(spans) - 1) * overlap  # no larger than so many have to be
+    for (a, _), (b, _) in zip(spans, spans[1:]):
+        assert 0 < b - a <= side - overlap + multiple  # what starts are rounded by
+    for start, weights in spans:
+        assert start >= 0 and start + len(weights) <= length and len(weights) == side and start % multiple == 0
         total[start : start + len(weights)] += weights
     assert torch.allclose(total, torch.ones(length), atol=1e-6)
 
