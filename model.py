@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_checkpoint, load_tensors, save_tensors
-from console import InputError, Parser
+from console import InputError, Parser, in_range
 from kernels import conv3x3, group_norm_silu, noise_augment
 
 # The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
@@ -553,7 +553,42 @@ def load_model(path, device="cpu", model=None):
     return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), meta
 
 
+def average(networks, shares):
+    """A new network whose weights are sum_i shares[i] networks[i], in float32: what networks of one start have in common (a post-hoc EMA), or a point between two.
+
+    networks: of one config, as load_model gives them. shares: as many numbers, of sum 1. Raises ValueError if they are not.
+    """
+    if len(networks) != len(shares) or abs(sum(shares) - 1) > 1e-6 or any(net.config != networks[0].config for net in networks):
+        raise ValueError("an average takes networks of one config, and a share of each that sum to 1")
+    mixed, states = copy.deepcopy(networks[0]), [net.state_dict() for net in networks]
+    mixed.load_state_dict({name: sum(share * state[name] for share, state in zip(shares, states)) for name in states[0]})
+    return mixed
+
+
 # --- python model.py convert IN OUT ---
+
+
+def share(text):
+    """FILE or FILE=SHARE, as --average takes them: (file, share or None)."""
+    file, sign, number = text.rpartition("=")
+    return (file, in_range(float, 0, 1)(number)) if sign else (text, None)
+
+
+def load_average(net, meta, args):
+    """net averaged with the files of --average, each with its share or, where none is given, all alike; net has the rest. Raises InputError if they do not fit."""
+    files, given = zip(*args.average)
+    if None in given and given.count(None) < len(given):
+        raise InputError("--average: give every file a share (FILE=SHARE), or none")
+    shares = [1 / (1 + len(files)) if s is None else s for s in given]
+    if sum(shares) > 1 + 1e-6:
+        raise InputError(f"--average: the shares sum to {sum(shares):g}, more than 1, and {args.file} has the rest")
+    networks = [net]
+    for file in files:
+        other, theirs = load_model(file, model=args.model)
+        if other.config != net.config or theirs["stage"] != meta["stage"]:
+            raise InputError(f"--average: {file} does not hold the network of {args.file}, at the same stage and with the same sigmas")
+        networks.append(other)
+    return average(networks, [1 - sum(shares), *shares])
 
 
 def convert(argv=None):
@@ -568,6 +603,7 @@ def convert(argv=None):
     p.add_argument("--model", choices=PRESETS, help="network preset, for a file that does not say")
     p.add_argument("--stage", choices=("flow", "distill"), help="what it is, for a file that does not say")
     p.add_argument("--dataset", choices=TASKS, help="its task, for a file that does not say")
+    p.add_argument("--average", nargs="+", default=[], type=share, metavar="FILE[=SHARE]", help="average IN's weights with those of these files, later ones of the same run or of a run from it: each has its share of 1, or all the same, and IN has the rest")
     args = p.parse_args(argv)
     if not args.release.endswith(".safetensors"):
         raise InputError(f"{args.release} should end in .safetensors")
@@ -575,6 +611,8 @@ def convert(argv=None):
     for flag, known in (("stage", meta["stage"]), ("dataset", meta["task"] and meta["task"]["name"])):
         if known and getattr(args, flag) not in (None, known):
             raise InputError(f"{args.file} says that it is {known}: --{flag} is for files that do not")
+    if args.average:
+        net = load_average(net, meta, args)
     stage = meta["stage"] or args.stage
     if stage is None:
         raise InputError(f"{args.file} does not say what it is: add --stage flow or --stage distill")

@@ -1,4 +1,5 @@
 """Files of others: published checkpoints, guided-diffusion's weights, and what becomes of them; the best checkpoint of a run."""
+import copy
 import json
 
 import pytest
@@ -96,6 +97,31 @@ def test_convert_makes_a_release(preset, tmp_path, capsys):
         model.convert(["convert", str(tmp_path / "net.safetensors"), str(tmp_path / "again.safetensors"), "--stage", "flow"])
     with pytest.raises(InputError, match="should end in .safetensors"):
         model.convert([*flags[:2], "net.pt"])
+
+
+def test_convert_averages(weights, tmp_path):
+    """IN and --average FILE[=SHARE]: each parameter is the weighted sum; shares too large or half given, and other networks, are refused."""
+    first, meta = load_model(weights / "distill.safetensors")
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("a", "b", "c")]
+    nets = []
+    for i, file in enumerate(files):
+        nets.append(copy.deepcopy(first))
+        for p in nets[-1].parameters():
+            p.data += (i + 1) * torch.linspace(-1, 1, p.numel()).view_as(p)
+        model.save_release(file, nets[-1], meta)
+    nets = [load_model(file)[0] for file in files]  # as rounded
+    out = str(tmp_path / "mean.safetensors")
+    for flags, shares in (([], (1 / 3, 1 / 3, 1 / 3)), (["=0.25", "=0.1"], (0.65, 0.25, 0.1))):
+        model.convert(["convert", files[0], out, "--average", *[f + s for f, s in zip(files[1:], flags or ["", ""])]])
+        mean, kept = load_model(out)
+        assert kept["stage"] == "distill" and kept["task"] == meta["task"]
+        for p, *parts in zip(mean.parameters(), *(net.parameters() for net in nets)):
+            assert torch.equal(p, sum(share * part for share, part in zip(shares, parts)).bfloat16().float())
+    for shares, words in ((("=0.6", "=0.6"), "sum to 1.2"), (("=0.6", ""), "every file a share"), (("=-1", "=0"), "out of range")):
+        with pytest.raises((InputError, SystemExit), match=words if words != "out of range" else None):
+            model.convert(["convert", files[0], out, "--average", *[f + s for f, s in zip(files[1:], shares)]])
+    with pytest.raises(InputError, match="does not hold the network of"):
+        model.convert(["convert", files[0], out, "--average", str(weights / "flow.safetensors")])
 
 
 def test_a_flow_starts_from_it_and_keeps_its_best(preset, tmp_path, monkeypatch):
