@@ -4,6 +4,7 @@
     python bench.py kernels --only norm     those whose name contains "norm"
     python bench.py kernels --device cuda --dtype bfloat16
     python bench.py model                   the published FFHQ network's one step: as published, and ours
+    python bench.py infer --size 1024       the shipped student's one step: ours, onnxruntime's and OpenVINO's, where they are installed
     python bench.py train                   an update of both stages: as published, and ours, and where its time goes
     python bench.py memory --size 128       what training keeps for the backward pass: GiB a picture, by preset and stage
     python bench.py degradation             the real world's degradation: ours, and one by one with OpenCV and a codec
@@ -35,10 +36,12 @@ import data
 import distill
 import kernels
 import model
+import sample
 import training
 from console import in_range
 from degradations import degrade, draw, real, to_float, uniforms
 from distill import distillation_losses
+from export import reference_kernels
 from kernels import reference
 from pictures import read_image
 from train_flow import flow_loss
@@ -325,6 +328,66 @@ def bench_model(device, size):
             print(f"{name:45}{low:>9.1f} {median:>9.1f} {high:>9.1f} ms{published / median:>7.2f}x", flush=True)
 
 
+# --- the same network in other runtimes ---
+
+
+def infer_rows(net, x_in, t, bf16):
+    """What runs the network once: [(name, function of nothing -> v, error allowed)], the first row the definition of right. A runtime that is not installed is named and left out."""
+    @torch.inference_mode()
+    def ours(autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return net(x_in, t).float()
+
+    rows = [("float32, ours", lambda: ours(False), 0)]
+    if bf16:
+        rows.append(("bfloat16, ours", lambda: ours(True), 3e-2))
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        print("onnxscript is not installed: ours alone (pip install -e '.[export]')")
+        return rows
+    with reference_kernels(), torch.no_grad():
+        onnx = torch.onnx.export(net, (x_in, t), dynamo=True, verbose=False, opset_version=18, input_names=["x_in", "t"]).model_proto.SerializeToString()
+    inputs, threads = {"x_in": x_in.contiguous().numpy(), "t": t.numpy()}, torch.get_num_threads()
+    try:
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+        rows.append((f"float32, onnxruntime {onnxruntime.__version__}", lambda: torch.from_numpy(session.run(None, inputs)[0]), 1e-4))
+    except ImportError:
+        print("onnxruntime is not installed: left out (pip install onnxruntime)")
+    try:
+        import openvino
+        core = openvino.Core()
+        for name, kind, error in (("float32", "f32", 1e-4), ("bfloat16", "bf16", 3e-2))[: 1 + bf16]:
+            run = core.compile_model(core.read_model(onnx), "CPU", {"INFERENCE_PRECISION_HINT": kind, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+            rows.append((f"{name}, OpenVINO {openvino.__version__.split('-')[0]}", lambda run=run: torch.from_numpy(run(inputs)[0].copy()), error))
+    except ImportError:
+        print("OpenVINO is not installed: left out (pip install openvino)")
+    return rows
+
+
+def bench_infer(path, size, seconds=10):
+    """One evaluation of the network at path, for a result of size x size, on the CPU."""
+    net = model.load_model(path)[0]
+    model.keep_freed_memory()
+    x_in = torch.randn(1, 6, size, size, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    rows = infer_rows(net, x_in, torch.full((1,), 0.5), torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    right = rows[0][1]()
+    for name, run, allowed in rows[1:]:
+        error = ((run() - right).square().mean() / right.square().mean()).sqrt().item()
+        print(f"{name}: {error:.1e} from ours in float32 ({allowed:.0e} allowed)")
+        if not error < allowed:
+            raise SystemExit("the results do not match")
+    print("all results match")
+    macs = model.count_macs(net, size, size)
+    print(f"{path}, one step, 1x3x{size}x{size}, {macs / 1e9:.1f} GMACs, {torch.get_num_threads()} threads, torch {torch.__version__}; min / median / max\n")
+    columns = clock([run for _, run, _ in rows], [()], "cpu", seconds=seconds)
+    for (name, *_), (low, median, high) in zip(rows, columns, strict=True):
+        print(f"{name:45}{low:>9.1f} {median:>9.1f} {high:>9.1f} ms{columns[0][1] / median:>7.2f}x {macs / 1e6 / median:>8.0f} GMAC/s", flush=True)
+
+
 # --- training ---
 
 PARTS = ("data", "forward", "backward", "optimizer", "average")
@@ -520,12 +583,13 @@ def bench_degradation(device, size, scale=4, count=64):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=["kernels", "model", "train", "memory", "degradation"])
+    parser.add_argument("what", choices=["kernels", "model", "infer", "train", "memory", "degradation"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in; memory: of the arithmetic")
     parser.add_argument("--only", default="", help="kernels, memory: those whose name contains this")
     parser.add_argument("--size", type=in_range(int, 16), help="height and width of the pictures (default: 256; degradation: 128)")
     parser.add_argument("--model", default="photos", choices=[name for name, config in model.PRESETS.items() if "family" not in config], help="train: network preset")
+    parser.add_argument("--ckpt", default=str(sample.WEIGHTS), help="infer: the network to run (default: the shipped student)")
     parser.add_argument("--batch", type=in_range(int, 1), default=4, help="train: pictures an update")
     parser.add_argument("--steps", type=in_range(int, 1), default=10, help="train: updates to take the median of")
     args = parser.parse_args(argv)
@@ -533,6 +597,8 @@ def main(argv=None):
         bench_kernels(args.device, getattr(torch, args.dtype), args.only, args.size or 256)
     elif args.what == "model":
         bench_model(args.device, args.size or 256)
+    elif args.what == "infer":
+        bench_infer(args.ckpt, args.size or 256)
     elif args.what == "train":
         bench_train(args.device, args.model, args.batch, args.size or 128, args.steps)
     elif args.what == "memory":

@@ -51,3 +51,15 @@ def test_the_training_table_has_its_rows(capsys):
     bench.main(["train", "--device", "cpu", "--size", "32", "--model", "tiny", "--batch", "1", "--steps", "1"])
     out = capsys.readouterr().out
     assert all(name in out for name in ("stage 1, as published", "stage 1, ours", "stage 2, ours", *bench.PARTS)) and "times as fast as published" in out
+
+
+def test_other_runtimes(weights, capsys, monkeypatch):
+    pytest.importorskip("onnxscript")
+    bench.main(["infer", "--size", "32", "--ckpt", str(weights / "distill.safetensors")])
+    said = capsys.readouterr().out
+    assert "all results match" in said and "GMAC/s" in said
+    assert ("onnxruntime" in said) and ("OpenVINO" in said)  # measured, or named as missing
+    v = torch.ones(1, 3, 32, 32)
+    monkeypatch.setattr(bench, "infer_rows", lambda *_: [("ours", lambda: v, 0), ("another", lambda: 1.001 * v, 1e-4)])
+    with pytest.raises(SystemExit, match="do not match"):
+        bench.main(["infer", "--size", "32", "--ckpt", str(weights / "distill.safetensors")])
