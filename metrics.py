@@ -35,6 +35,7 @@ METRICS = {"psnr_rgb": 3, "psnr_y": 3, "ssim_y": 4, "lpips": 4, "consistency": 2
 USUAL = ("psnr_rgb", "psnr_y", "ssim_y", "lpips")
 PYIQA = ("dists", "musiq", "maniqa", "clipiqa", "liqe")  # of these dists has the true picture beside it
 HIGHER = {"psnr_rgb", "psnr_y", "ssim_y", "consistency", "musiq", "maniqa", "clipiqa", "liqe"}  # is better; of the others lower
+ALONE = {"consistency", "niqe", "musiq", "maniqa", "clipiqa", "liqe"}  # need no true picture
 FID_MODES = {"fid": "clean", "fid_tf": "legacy_tensorflow"}  # clean-fid's names; the second is the published repository's
 WINDOW = 11  # side of SSIM's
 FEW = 2048  # pictures: fewer than Inception has features, and the FID is of that number's own kind
@@ -311,12 +312,13 @@ def version(package):
 def measure(restored, truth, crop, metrics, y=None, task=None):
     """Every metric of one picture file against another: a dict of floats. y (1, 3, h, w): what it was restored from, for `consistency`.
 
+    truth: None where there is none, and all metrics are of ALONE.
     Raises InputError that names what does not fit.
     """
-    a, b = (torch.from_numpy(read_image(p)).permute(2, 0, 1)[None] for p in (restored, truth))
+    a, b = (torch.from_numpy(read_image(p)).permute(2, 0, 1)[None] for p in (restored, truth or restored))
     if a.shape != b.shape:
         raise InputError(f"{restored} is {a.shape[3]} x {a.shape[2]}, but {truth} is {b.shape[3]} x {b.shape[2]}")
-    check_size(truth, *b.shape[2:], crop)
+    check_size(truth or restored, *b.shape[2:], crop)
     with torch.no_grad():
         return {name: (consistency(a, y, task) if name == "consistency" else metric(a, b)).item() for name, metric in metrics.pictures.items()}
 

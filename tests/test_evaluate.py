@@ -472,3 +472,69 @@ def test_frechet_distances_of_two_folders_need_no_pairs(tmp_path, monkeypatch, c
     assert "3 pictures of" in said.out and "against 2 of" in said.out and "fd_vgg16 of 2 pictures" in said.err
     expected = metrics.frechet_distance(features(sorted((tmp_path / "drawn").iterdir())), features(sorted((tmp_path / "real").rglob("*.png"))))
     assert json.loads((tmp_path / "s.json").read_text())["rows"][0]["fd_vgg16"] == pytest.approx(expected)
+
+
+# --- the real world's table ---
+
+
+@pytest.fixture
+def without_networks(monkeypatch):
+    """No LPIPS, no pyiqa, no Inception: what a bare machine measures."""
+    monkeypatch.setattr(metrics, "load_lpips", lambda *_: None)
+
+    def missing(name, *_):
+        raise metrics.Missing("it is not here")
+    monkeypatch.setattr(metrics, "load_pyiqa", missing)
+    monkeypatch.setattr(metrics, "load_inception", missing)
+
+
+def test_pairs_are_written_once_and_laid_out_as_table_4(files, tmp_path, monkeypatch, capsys, without_networks):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "photos", val__a_png=smooth(4, 203, 210), val__deep__b_png=smooth(5, 208, 201), c_png=smooth(6, 200, 200))
+    make = ["--dataset", "photos_real", "--strength", "0.5", "--data_dir", "photos", "--write_pairs", "pairs"]
+    evaluate.main(make)
+    first = {p: p.read_bytes() for p in Path("pairs").rglob("*") if p.is_file()}
+    assert {str(p) for p in first} == {"pairs/pairs.json", *(f"pairs/{k}r/val_{n}_{k.upper()}R{'4' if k == 'l' else ''}.png" for k in "hl" for n in ("a", "deep_b"))}
+    evaluate.main(make)
+    said = capsys.readouterr().out.splitlines()
+    digest = json.loads(Path("pairs/pairs.json").read_text())["sha256"][:12]
+    assert "2 pairs written" in said[0] and "unchanged" in said[1] and digest in said[0] and digest in said[1]
+    assert first == {p: p.read_bytes() for p in Path("pairs").rglob("*") if p.is_file()}
+
+    nets = ["--ckpt", files / "flow.safetensors", files / "student.safetensors", "--seeds", "1", "--device", "cpu"]
+    run(monkeypatch, "--dataset", "photos_real", "--strength", "0.5", "--data_dir", "photos", "--seeds", "1", "--metrics", "psnr_rgb", "--json", "there.json", "--ckpt", files / "student.safetensors")
+    evaluate.main([*map(str, nets), "--table", "realsr", "--data_dir", "pairs/hr", "--lr_dir", "pairs/lr", "--json", "pairs.json"])
+    out, told = capsys.readouterr()
+    there, here = (json.loads(Path(f).read_text())["rows"] for f in ("there.json", "pairs.json"))
+    assert here[0]["psnr_rgb"] == there[0]["psnr_rgb"] and digest in out  # the same accidents as where they are made on the way
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line.startswith("|")]
+    assert table[0] == ["pairs/lr", "PSNR (↑)", "NIQE (↓)"]
+    assert [row[0] for row in table[2:]] == ["bicubic", "flow-15s", *(f"student-1s (t = {t})" for t in ("1", "0.5", "0"))]
+    best = max(here, key=lambda row: row["psnr_rgb"])
+    assert [row[1] for row in table[2:] if "**" in row[1]] == [f"**{best['psnr_rgb']:.3f}**"]
+    assert all(f"{name} is left out: it is not here" in told for name in ("fid_tf", "musiq", "maniqa", "clipiqa"))
+
+    with pytest.raises(InputError, match="other pictures or another H"):
+        evaluate.main([*make, "--strength", "1"])
+    write_picture(Path("pairs/lr/val_a_LR4.png"), smooth(7, 50, 52))
+    for again in (make, ["--table", "realsr", "--data_dir", "pairs/hr", "--lr_dir", "pairs/lr", *map(str, nets)]):
+        with pytest.raises(InputError, match="does not hold the pairs that were written"):
+            evaluate.main(again)
+
+
+def test_pictures_without_truth_as_table_5(files, tmp_path, monkeypatch, capsys, without_networks):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "found", a_png=smooth(4, 51, 53), deep__b_png=smooth(5, 52, 50))
+    write(tmp_path / "others", a_png=smooth(6, 204, 212), deep__b_png=smooth(7, 208, 200))
+    flags = ["--ckpt", str(files / "student.safetensors"), "--no_truth", "found", "--seeds", "1", "--device", "cpu"]
+    evaluate.main([*flags, "--table", "realsr", "--methods", "Others:4=others", "--json", "scores.json"])
+    out, told = capsys.readouterr()
+    rows = json.loads(Path("scores.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["bicubic", "Others", "student_t1", "student_t0.5", "student_t0"] and "liqe is left out" in told
+    want = np.mean([metrics.niqe(metrics.luma(torch.from_numpy(read_image(Path("others") / n)).permute(2, 0, 1)[None])).item() for n in ("a.png", "deep/b.png")])
+    assert rows[1]["niqe"] == pytest.approx(want, rel=1e-9)
+    assert "| found | NIQE (↓) |" in out and "| Others-4s | " in out and Image.open("out/eval/student_t1/seed0/a.png").size == (212, 204)
+    with pytest.raises(InputError, match="psnr_rgb needs true pictures"):
+        evaluate.main([*flags, "--metrics", "niqe,psnr_rgb"])
+    with pytest.raises(InputError, match="goes without --data_dir"):
+        evaluate.main([*flags, "--data_dir", "others"])
