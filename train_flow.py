@@ -105,7 +105,9 @@ def main(argv=None):
     if checkpoint:
         training.restore(run, state, checkpoint)
     training.open_folder(run, state)
-    net = training.parallel(torch.compile(model) if args.compile else model, run)
+    if args.compile:
+        model.compile()
+    net = training.parallel(model, run)
 
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
