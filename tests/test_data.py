@@ -1,5 +1,6 @@
 """Pictures in and out, the order of training, the degradations, the table of tasks."""
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -351,6 +352,21 @@ def test_validation_does_not_enlarge(tmp_path, capsys):
     assert x.shape == (4, 3, 128, 128) and "4.png is 120 x 100" in capsys.readouterr().err
     with pytest.raises(InputError, match="none of the validation pictures"):
         data.validation_pictures([tmp_path / "4.png"], task, 1)
+
+
+def test_broken_pictures_are_counted_over_all_workers(tmp_path):
+    """Three of 200 are more than 1 %, though neither of two workers meets more than two of them."""
+    paths = [tmp_path / f"{i:03}.png" for i in range(200)]
+    Image.fromarray(picture(16, 16)).save(paths[0])
+    for path in paths[1:]:
+        path.hardlink_to(paths[0])
+    for index, n in itertools.islice(data.Order(200, 0), 3):  # batches of one go to the workers in turn
+        paths[index].unlink()
+        paths[index].write_bytes(b"none")
+    task = dataclasses.replace(data.TASKS["photos"], image_size=16)
+    with pytest.raises(InputError, match="3 of 200 training pictures cannot be used"):
+        for _ in itertools.islice(data.training_batches(paths, task, 0, 1, 0, 0, 1, 2), 200):
+            pass
 
 
 def test_order_is_permutations_shared_by_the_processes():
