@@ -2,6 +2,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from PIL import Image
 
 import data
 from console import InputError, atomic_write
-from degradations import observe, to_float
+from degradations import least_multiple, observe, to_float
 from folders import note, trained_on
 from metrics import check_size
 from partners import HIGH, read_pair
@@ -78,8 +79,8 @@ def load_truth(path, task, low=None):
     if not low and task.crop == "center":
         data.check_side(path, *image.shape[:2], task)
         image = np.asarray(data.center_crop(Image.fromarray(image), task.image_size))
-    height, width = (n - n % task.scale for n in image.shape[:2])
-    check_size(path, height, width, task.scale)
+    height, width = (n - n % least_multiple(task.scale) for n in image.shape[:2])
+    check_size(path, height, width, math.ceil(task.scale))
     return np.ascontiguousarray(image[:height, :width])
 
 
