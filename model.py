@@ -571,9 +571,11 @@ def average(networks, shares):
     """
     if len(networks) != len(shares) or abs(sum(shares) - 1) > 1e-6 or any(net.config != networks[0].config for net in networks):
         raise ValueError("an average takes networks of one config, and a share of each that sum to 1")
-    mixed, states = copy.deepcopy(networks[0]), [net.state_dict() for net in networks]
-    mixed.load_state_dict({name: sum(share * state[name] for share, state in zip(shares, states)) for name in states[0]})
-    return mixed
+    states = [net.state_dict() for net in networks]
+    with torch.device("meta"):  # built anew, as a copy would carry hooks along
+        mixed = build(networks[0].config)
+    mixed.load_state_dict({name: sum(share * state[name] for share, state in zip(shares, states)) for name in states[0]}, assign=True)
+    return mixed.train(networks[0].training).requires_grad_(False)
 
 
 # --- python model.py convert IN OUT ---

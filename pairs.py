@@ -120,7 +120,7 @@ def write_pairs(folder, task, sources, what, seed=0):
         raise InputError(f"{folder} holds something else already: choose another")
     for stem, name in names.items():
         truth = load_truth(sources[stem], task)
-        y = observe(to_float(torch.from_numpy(truth).permute(2, 0, 1)[None]), task, stream_of(stem, seed))
+        y = observe(to_float(torch.from_numpy(truth.copy()).permute(2, 0, 1)[None]), task, stream_of(stem, seed))
         low = (y[0].permute(1, 2, 0).clamp(-1, 1) * 127.5 + 127.5).round().byte().numpy()
         write_picture(folder / "hr" / f"{name}_HR.png", truth)
         write_picture(folder / "lr" / f"{name}_LR{task.scale}.png", low)
