@@ -19,7 +19,7 @@ from PIL import Image
 import data
 import figures
 from console import InputError, Parser, Progress, in_range
-from degradations import degrade, to_float
+from degradations import degrade, least_multiple, to_float
 from evaluate import SHIPPED, check_together, load_networks
 from flow import one_step
 from kernels import euler_step_, to_uint8
@@ -160,7 +160,7 @@ def measure_diversity(network, pictures, task, args, lpips, progress):
 def load_pictures(task, args, networks, device):
     """The true pictures, (1, 3, H, W) in [-1, 1] each: those that evaluate.py would measure, the middle of what is larger than --side; and what they are in words."""
     sources, what = find_truth(task, args.data_dir, args.pictures, networks, args.trained_too)
-    multiple = task.scale
+    multiple = least_multiple(task.scale)
     for n in networks:
         multiple = np.lcm(multiple, n.net.multiple * n.net.factor)
     pictures = []

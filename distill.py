@@ -254,7 +254,9 @@ def main(argv=None):
     if checkpoint:
         training.restore(run, state, checkpoint)
     training.open_folder(run, state)
-    net = training.parallel(torch.compile(model) if args.compile else model, run)
+    if args.compile:
+        model.compile()
+    net = training.parallel(model, run)
     judge = training.parallel(critic, run) if perceptual else None
 
     # --- validation and log ---

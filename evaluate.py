@@ -262,7 +262,7 @@ def run_row(row, bench, seeds, progress):
             stream = data.image_seeds(seed, torch.tensor([number]))
             y = bench.observed(stem, x_1, stream)
             nfe, seconds = (row.nfe, None) if row.results else restore_picture(row, bench, y, stream, png)
-            records.append(dict(stem=stem, seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, bench.task.scale, bench.metrics, y, bench.task)))
+            records.append(dict(stem=stem, seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, math.ceil(bench.task.scale), bench.metrics, y, bench.task)))
             progress.add(1)
     if len(records) > 1:
         records[0]["seconds"] = None  # it warmed the machine up
@@ -453,6 +453,8 @@ def check_flags(args):
         raise InputError(f"--pairs measures two folders as they are: it goes without --{idle[0]}")
     if args.pairs and "consistency" in args.metrics:
         raise InputError("--pairs knows no low-resolution pictures to measure consistency with")
+    if args.lr_dir and not isinstance(args.scale or 1, int):
+        raise InputError(f"--scale {args.scale}: the files of --lr_dir are a whole number of times smaller")
     if args.tune_t and args.t:
         raise InputError("--tune_t seeks the t that --t would give: one or the other")
     if args.tune_t and args.tune_t[0] not in args.metrics:
@@ -477,7 +479,7 @@ def measure_pairs(args, device):
     if set(args.metrics) <= {*FID_MODES, "fd_vgg16"}:
         return measure_folders(args, device)
     pairs = find_pairs(restored, truth)
-    crop = data.TASKS[args.dataset or "photos"].scale if args.scale is None else args.scale
+    crop = data.TASKS[args.dataset or "photos"].scale if args.scale is None else math.ceil(args.scale)
     metrics = pick(args, crop, device)
     warn_of_few(metrics, len(pairs))
     progress, records = Progress(len(pairs), "pair"), []
@@ -533,7 +535,7 @@ def prepare(args, device, rank, world):
         load_truth(path, task, low and low[stem])
         if out_dir.resolve() in path.resolve().parents:
             raise InputError(f"{path} lies in --out_dir {out_dir}, where results go: choose another")
-    metrics = pick(args, task.scale, device)
+    metrics = pick(args, math.ceil(task.scale), device)
     if args.plot and not {"psnr_rgb", "lpips"} <= metrics.pictures.keys():
         raise InputError("--plot draws psnr_rgb against lpips, and not both are measured")
     if args.tune_t and args.tune_t[0] not in metrics.names():

@@ -231,20 +231,33 @@ def offline():
     """Whatever wants to download raises Missing, which says what file it wanted and where it looked for it."""
     import urllib.request
 
+    import pyiqa.utils.download_util as pyiqa_files
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from timm.models import _hub as timm_files
+
     def refuse(url, dst=None, *args, **kwargs):
         url = getattr(url, "full_url", url)
-        raise Missing(f"no {Path(dst).name if dst else str(url).rsplit('/', 1)[-1]} in {Path(dst).parent if dst else 'its cache'} (from {url})")
+        file = Path(dst or Path(torch.hub.get_dir(), "clip", str(url).rsplit("/", 1)[-1]))  # CLIP's loader opens the address itself
+        raise Missing(f"no {file.name} in {file.parent} (from {url})")
 
-    import pyiqa.utils.download_util as pyiqa_files
-    wanted = [(torch.hub, "download_url_to_file"), (pyiqa_files, "download_url_to_file"), (urllib.request, "urlopen"), (urllib.request, "urlretrieve")]
-    kept = [getattr(module, name) for module, name in wanted]
-    for module, name in wanted:
-        setattr(module, name, refuse)
+    def look_up(repo_id, filename, **kwargs):  # in huggingface_hub's cache, which does not say what it lacks
+        try:
+            return download(repo_id, filename, **kwargs)
+        except LocalEntryNotFoundError:
+            raise LocalEntryNotFoundError(f"no {filename} of {repo_id} in {HF_HUB_CACHE}") from None
+
+    download = timm_files.hf_hub_download
+    replaced = [(torch.hub, "download_url_to_file", refuse), (pyiqa_files, "download_url_to_file", refuse), (urllib.request, "urlopen", refuse),
+                (urllib.request, "urlretrieve", refuse), (timm_files, "hf_hub_download", look_up)]
+    kept = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, function in replaced:
+        setattr(module, name, function)
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # where "Downloading" is announced
             yield
     finally:
-        for (module, name), function in zip(wanted, kept):
+        for (module, name, _), function in zip(replaced, kept):
             setattr(module, name, function)
 
 
@@ -262,6 +275,9 @@ def load_pyiqa(name, device):
         raise
     except OSError as e:  # huggingface_hub's: not in its cache, and offline
         raise Missing(str(e).strip().splitlines()[0]) from None
+    except ImportError as e:  # of what pyiqa itself imports when a metric is made
+        cure = ": pip install 'setuptools<81'" if e.name == "pkg_resources" else ""
+        raise Missing(f"pyiqa wants the module {e.name}, which is not here{cure}") from None
     return (lambda a, b: metric(a, b).flatten()) if metric.metric_mode == "FR" else (lambda a, b: metric(a).flatten())
 
 

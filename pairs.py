@@ -1,5 +1,6 @@
 """Which pictures evaluate.py measures: the true ones of a folder, the partners of two, and the folder of its own results."""
 import functools
+import math
 import shutil
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image
 
 import data
 from console import InputError, atomic_write
+from degradations import least_multiple
 from folders import note, trained_on
 from metrics import check_size
 from partners import read_pair
@@ -70,8 +72,8 @@ def load_truth(path, task, low=None):
     if not low and task.crop == "center":
         data.check_side(path, *image.shape[:2], task)
         image = np.asarray(data.center_crop(Image.fromarray(image), task.image_size))
-    height, width = (n - n % task.scale for n in image.shape[:2])
-    check_size(path, height, width, task.scale)
+    height, width = (n - n % least_multiple(task.scale) for n in image.shape[:2])
+    check_size(path, height, width, math.ceil(task.scale))
     return np.ascontiguousarray(image[:height, :width])
 
 

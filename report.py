@@ -7,6 +7,7 @@ import sys
 import torch
 
 from console import atomic_write
+from degradations import least_multiple
 from metrics import METRICS
 from model import count_macs
 
@@ -53,7 +54,7 @@ def describe(networks, rows, bench, what, args, device):
                           parameters=sum(p.numel() for p in n.net.parameters()), gmacs_256=count_macs(n.net, 256, 256) / 1e9,
                           gmacs_256_standard=count_macs(n.net, 256, 256, standard=True) / 1e9))
     how_made = f"{args.lr_dir}'s own," if bench.low else how_degraded(task)
-    cut = f"centre {task.image_size}" if task.crop == "center" and not bench.low else f"whole, to multiples of {task.scale}"
+    cut = f"centre {task.image_size}" if task.crop == "center" and not bench.low else f"whole, to multiples of {least_multiple(task.scale)}"
     bits = "8 bits" if task.eight_bit else "float"
     protocol = dict(pictures=what, cut=cut, H=how_made, scale=task.scale, low_resolution=bits, sigma_n=task.sigma_n, seeds=list(range(args.seeds)),
                     networks=parts, methods=[f"{name}={folder}" for name, _, folder in args.methods], metrics=bench.metrics.notes,

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import boards
 import data
 import folders
 import kernels
@@ -46,7 +48,7 @@ except ImportError:  # Windows
 
 # Settings that may change on resume: what they change is not what is learnt.
 FREE = {"init_from", "max_iters", "out_dir", "data_dir", "lr_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
-        "always_save_checkpoint", "keep_best", "lpips_backbone", "num_workers", "compile", "grad_checkpoint", "shard", "dry_run", "dataset", "teacher"}
+        "always_save_checkpoint", "keep_best", "lpips_backbone", "num_workers", "compile", "grad_checkpoint", "shard", "dry_run", "dataset", "teacher", "tensorboard", "wandb"}
 
 
 class Diverged(InputError):
@@ -80,6 +82,7 @@ def add_training_flags(parser):
     g.add_argument("--log_interval", type=in_range(int, 1), default=50, help="updates between lines of log.jsonl")
     g.add_argument("--always_save_checkpoint", action="store_true", help="keep ckpt_STEP.pt of every validation beside the newest")
     g.add_argument("--lpips_backbone", help="file of torchvision's AlexNet weights (default: torchvision's cache)")
+    boards.add_board_flags(g)
     g = parser.add_argument_group("machine")
     g.add_argument("--num_workers", type=in_range(int, -1), default=-1, help="processes that read pictures; -1: 0 on a CPU, else up to 8")
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
@@ -121,6 +124,7 @@ class Run:
     memory: dict = None  # and of the lists of pictures: folders.remember's
     lock: object = None  # the open file that says that the folder is taken
     fell_back: bool = False  # ckpt.pt is broken: going on from the one before it
+    boards: list = field(default_factory=list)  # where else the log is shown: boards.open_boards'
 
     @property
     def master(self):
@@ -187,6 +191,7 @@ def begin(stage, task, args, out_dir):
     """
     rank, world, local_world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
     fill_in(args, data.RECIPES[task.name][stage], world)
+    boards.check_boards(args)
     keep_freed_memory()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -205,6 +210,7 @@ def begin(stage, task, args, out_dir):
 
 def end(run, state, stopped):
     """Leaves the other processes and the folder; after a signal with the exit code that a scheduler expects, 128 + its number."""
+    boards.close(run)
     if run.lock:
         run.lock.close()
     if run.world > 1:
@@ -624,6 +630,7 @@ def open_folder(run, state):
     for entry in entries:
         if "psnr_lr" in entry:
             state.validated, state.scores = entry["step"], {k: v for k, v in entry.items() if k != "step"}
+    run.boards = boards.open_boards(run, state)
 
 
 def take(file, folder, wait=10):
@@ -645,7 +652,9 @@ def take(file, folder, wait=10):
 def about(run, state):
     """What a later reader wants to know of a start: settings, code, versions, machine."""
     def git(*args):
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
+        here = Path(__file__).resolve().parent
+        above = {**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parent)}  # an installed copy may lie in somebody's repository, whose revision says nothing
+        done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, env=above)
         return done.stdout.strip() or None
     try:
         revision = git("describe", "--always", "--dirty", "--abbrev=12")
@@ -655,7 +664,16 @@ def about(run, state):
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
     return dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=state.step, argv=sys.argv, settings=run.settings, task=asdict(run.task), git=revision,
                 versions=dict(python=platform.python_version(), **versions),
-                machine=dict(name=platform.node(), system=platform.platform(), cpus=os.cpu_count(), gpu=gpu, processes=run.world))
+                machine=dict(name=platform.node(), system=platform.platform(), cpus=os.cpu_count(), cpu=cpu_name(), threads=torch.get_num_threads(), gpu=gpu, processes=run.world))
+
+
+def cpu_name():
+    """The processor as the system calls it, and the widest instructions that torch uses on it."""
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:  # not Linux
+        found = None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def rewind_log(run, state):
@@ -681,8 +699,8 @@ def rewind_log(run, state):
     return entries
 
 
-def log(run, entry, hidden=()):
-    """A line for log.jsonl, a dict of plain types with "step", shown on the terminal but for the keys hidden. What cannot be written is said, and shown alone."""
+def log(run, entry, hidden=(), picture=None):
+    """A line for log.jsonl, a dict of plain types with "step", shown on the terminal but for the keys hidden, and on the boards, with a picture (H, W, 3). What cannot be written is said, and shown alone."""
     if not run.master:
         return
     path = run.out_dir / "log.jsonl"
@@ -692,6 +710,7 @@ def log(run, entry, hidden=()):
     except OSError as e:
         run.say(f"cannot write {path}: {e.strerror}; the training goes on")
     run.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items() if k not in hidden))
+    boards.post(run, entry, picture)
 
 
 class Meter:
@@ -749,7 +768,7 @@ def validate(run, state, predict, pictures, lpips, signals):
     scores, grid = look(predict, pictures, run.task, lpips, run.device, signals)
     if scores:
         state.scores, state.validated = scores, state.step
-        log(run, dict(step=state.step, **scores))
+        log(run, dict(step=state.step, **scores), picture=grid)
         write_picture(run.out_dir / f"val_{state.step:07d}.png", grid)
         keep_best(run, scores)
 

@@ -39,9 +39,12 @@ PAPER = {
     "ffhq_x8": ((0.1, 0, "bicubic", 8, 256, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
     "ffhq512_x4": ((0.1, 0, "bicubic", 4, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
     "ffhq512_x8": ((0.1, 0, "bicubic", 8, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
-    "realsr": ((0.2, 0, "real", 4, 256, "center", "l1", 0.5, 0.06), (32, 100_000, 1e-4), (32, 20_000, 1e-4)),  # ours: the paper's real flow has another network
+    "realsr": ((0.2, 0, "real", 4, 256, "center", "l1", 0.5, 0.06), (32, 100_000, 1e-4), (32, 20_000, 1e-4)),  # sigma_p and these are ours: the paper does not say
+    "imagenet --teacher": ((0.2, 0, "bicubic", 4, 256, "center", "l1", 0.5, 0.06), None, (32, 5_000, 1e-4)),  # Table 9, from ResShift
     "ffhq_uncond": ((1.0, 0, "bicubic", 4, 256, "center", "l2", 0, 0), (32, 100_000, 1e-4), None),
+    "ffhq_uncond --loss": ((1.0, 0, "bicubic", 4, 256, "center", "l1", 0, 0), (32, 100_000, 1e-4), None),
 }
+NETWORKS = {"imagenet": "imagenet", "ffhq512_x4": "ffhq512", "ffhq512_x8": "ffhq512", "realsr": "resshift"}  # of stage 1, the others': ffhq
 DISTILLATION = {"solver": "midpoint", "dt": 0.05, "lambda_align": 0.01, "lambda_bc": 0.1, "t_min": 0.01, "t_max": 0.99}
 
 
@@ -60,11 +63,14 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module, flags, world = words(command)
     args = module.parse_args(flags)
+    if module is evaluate:
+        evaluate.check_flags(args)
     if module not in (train_flow, distill):
         return
     task, stage = data.resolve_task(args), "flow" if module is train_flow else "distill"
-    expected, *stages = PAPER[args.dataset]
+    expected, *stages = next(PAPER[key] for key in sorted(PAPER, reverse=True) if key.split()[0] == args.dataset and set(key.split()[1:]) <= set(flags))
     assert (task.sigma_p, task.sigma_n, task.degradation, task.scale, task.image_size, task.crop, task.loss, task.hflip, task.vflip) == expected
+    assert module is distill or task.model == NETWORKS.get(args.dataset, "ffhq")
     training.fill_in(args, data.RECIPES[task.name][stage], world)
     assert (args.batch_size * world, args.max_iters, args.learning_rate) == stages[stage == "distill"]
     assert (args.warmup_iters, args.ema, args.optimizer, args.lr_decay) == (1000, 0.9999, "adam", "none")
