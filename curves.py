@@ -1,8 +1,9 @@
-"""The paper's curves: what a flow and its student say along t, how straight flows are, how diverse their pictures are.
+"""The paper's curves: what a flow and its student say along t, how straight flows are, how diverse their pictures are; and the second dial's.
 
     python curves.py path --data_dir DIR --plot path.png            # Fig. 6 and 7: error and LPIPS of x_1^t over t, flow and student
     python curves.py straightness --ckpt out/a/ckpt.pt out/b/ckpt.pt --data_dir DIR --plot straight.png   # Eq. (20) over sigma_p, Fig. 8
     python curves.py diversity --data_dir DIR --seeds 8 --plot seeds.png       # Fig. 11: deviation and LPIPS between seeds, and the grid
+    python curves.py denoise --data_dir DIR --t 0.5 --plot denoise.png         # PSNR and LPIPS over the strength of damage, for several --denoise
 
 The checkpoints are --ckpt, or the shipped student and its flow; the pictures are those that evaluate.py would measure,
 their middles where they are larger than --side. Numbers are printed, and kept with --json.
@@ -11,6 +12,7 @@ import itertools
 import statistics
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,20 +21,22 @@ from PIL import Image
 import data
 import figures
 from console import InputError, Parser, Progress, in_range
-from degradations import degrade, to_float
+from degradations import degrade, least_multiple, to_float
+from dial import blend
 from evaluate import SHIPPED, check_together, load_networks
 from flow import one_step
 from kernels import euler_step_, to_uint8
-from metrics import load_lpips
+from metrics import load_lpips, psnr_rgb
 from model import keep_freed_memory, pick_device, pick_dtype
 from pairs import find_truth, load_truth
 from report import write_json
+from sample import REAL, WEIGHTS
 
 
 def parse_args(argv):
     p = Parser(description=__doc__)
-    p.add_argument("what", choices=("path", "straightness", "diversity"), help="which curve")
-    p.add_argument("--ckpt", nargs="+", metavar="FILE", help="students and flows (default: those in weights/)")
+    p.add_argument("what", choices=("path", "straightness", "diversity", "denoise"), help="which curve")
+    p.add_argument("--ckpt", nargs="+", metavar="FILE", help="students and flows; of denoise the clean network and the real one (default: those in weights/)")
     data.add_task_flags(p)
     p.set_defaults(dataset=None)
     p.add_argument("--stage", choices=("flow", "distill"), help="what a checkpoint is, for a published file, which does not say")
@@ -43,13 +47,19 @@ def parse_args(argv):
     p.add_argument("--side", type=in_range(int, 32), default=256, help="largest side of a picture that is looked at, its middle (default: 256)")
     p.add_argument("--steps", type=in_range(int, 1), default=20, help="Euler steps along the path, and points of the curve (default: 20)")
     p.add_argument("--seeds", type=in_range(int, 1), default=1, help="repeat with the seeds 0 to SEEDS - 1 (of diversity at least 2)")
-    p.add_argument("--t", type=in_range(float, 0, 1), default=1.0, help="of a student's pictures in diversity (default: 1)")
+    p.add_argument("--t", type=in_range(float, 0, 1), default=1.0, help="of a student's pictures in diversity and denoise (default: 1)")
+    p.add_argument("--denoise", type=shares, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="places of the second dial (default: 0,0.25,0.5,0.75,1)")
+    p.add_argument("--strengths", type=shares, default=[0.0, 0.25, 0.5, 0.75, 1.0], help="of the damage in denoise (default: 0,0.25,0.5,0.75,1)")
     p.add_argument("--plot", metavar="FILE", help="draw it there: .png, .pdf or .svg; of diversity the grid of pictures, .png")
     p.add_argument("--json", metavar="FILE", help="write the numbers there")
     p.add_argument("--lpips_backbone", metavar="FILE", help="torchvision's AlexNet weights")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the network's arithmetic")
     return p.parse_args(argv)
+
+
+def shares(text):
+    return [in_range(float, 0, 1)(part) for part in text.split(",")]
 
 
 # --- what a network does at one picture ---
@@ -154,13 +164,32 @@ def measure_diversity(network, pictures, task, args, lpips, progress):
     return statistics.fmean(deviations), statistics.fmean(distances) if distances else None, rows
 
 
+def measure_denoise(clean, real, pictures, task, args, lpips, progress):
+    """Of each place of the second dial, in words: (strengths of damage, mean PSNR in 8 bits, mean LPIPS or None). Of flows their one Euler step."""
+    curves, t = {}, args.t if clean.stage == "distill" else 0.0
+    for denoise in args.denoise:
+        net, _, _ = blend(*((n.net, n.stage, n.task) for n in (clean, real)), denoise)
+        mixed, rows = replace(clean, net=net), []
+        for strength in args.strengths:
+            progress.start(f"denoise {denoise:g}, strength {strength:g}")
+            damaged, scores = replace(task, degradation="real", strength=strength), []
+            for seed, (i, x_1) in itertools.product(range(args.seeds), enumerate(pictures)):
+                x = one_step(net, starts(mixed, x_1, damaged, seed, i), t).clamp(-1, 1)
+                scores.append((psnr_rgb(to_uint8(x), to_uint8(x_1)).item(), lpips(x, x_1).item() if lpips else None))
+                progress.add(1)
+            psnr, distance = zip(*scores)
+            rows.append((strength, statistics.fmean(psnr), statistics.fmean(distance) if lpips else None))
+        curves[f"denoise {denoise:g}"] = tuple(zip(*rows))
+    return curves
+
+
 # --- the command line ---
 
 
 def load_pictures(task, args, networks, device):
     """The true pictures, (1, 3, H, W) in [-1, 1] each: those that evaluate.py would measure, the middle of what is larger than --side; and what they are in words."""
     sources, what = find_truth(task, args.data_dir, args.pictures, networks, args.trained_too)
-    multiple = task.scale
+    multiple = least_multiple(task.scale)
     for n in networks:
         multiple = np.lcm(multiple, n.net.multiple * n.net.factor)
     pictures = []
@@ -177,6 +206,8 @@ def load_pictures(task, args, networks, device):
 def check(args, networks):
     """Raises InputError where the curve asked for is not one of these networks."""
     stages = {n.stage for n in networks}
+    if args.what == "denoise" and (len(networks) != 2 or len(stages) != 1):
+        raise InputError("denoise is between two students, or two flows (at t = 0): --ckpt CLEAN REAL")
     if args.what == "straightness" and stages != {"flow"}:
         raise InputError("straightness is of stage-1 flows alone: name them with --ckpt")
     if args.what == "diversity" and args.seeds < 2:
@@ -191,15 +222,17 @@ def main(argv=None):
     keep_freed_memory()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    shipped = SHIPPED[1:] if args.what == "straightness" else SHIPPED  # a student has no path
+    shipped = dict(straightness=SHIPPED[1:], denoise=(WEIGHTS, REAL)).get(args.what, SHIPPED)  # a student has no path
     networks = load_networks(args.ckpt or shipped, device, args)
-    check_together(networks)
+    if args.what != "denoise":
+        check_together(networks)
     check(args, networks)
     task = networks[0].task
     pictures, what = load_pictures(task, args, networks, device)
     lpips = load_lpips(args.lpips_backbone, device) if args.what != "straightness" else None
-    progress = Progress(len(networks) * len(pictures) * args.seeds, "picture")
-    print(f"{args.what}: {what}, the middle {args.side} at most, H {task.degradation} x{task.scale} in {'8 bits' if task.eight_bit else 'float'}, seeds 0 to {args.seeds - 1}, "
+    sweeps = len(args.denoise) * len(args.strengths) if args.what == "denoise" else len(networks)
+    progress = Progress(sweeps * len(pictures) * args.seeds, "picture")
+    print(f"{args.what}: {what}, the middle {args.side} at most, H {f'real, t {args.t:g},' if args.what == 'denoise' else task.degradation} x{task.scale} in {'8 bits' if task.eight_bit else 'float'}, seeds 0 to {args.seeds - 1}, "
           f"{args.steps} steps; " + "; ".join(f"{n.name} = {n.path} sha256 {n.sha256}" for n in networks))
     with torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext():
         if args.what == "path":
@@ -208,6 +241,12 @@ def main(argv=None):
                 print(*(f"{name}  t {t:.3f}  MSE {e:.6f}" + (f"  LPIPS {d:.4f}" if d is not None else "") for t, e, d in zip(*curve)), sep="\n")
             if args.plot:
                 figures.over_t(args.plot, found)
+        elif args.what == "denoise":
+            found = measure_denoise(*networks, pictures, task, args, lpips, progress)
+            for name, curve in found.items():
+                print(*(f"{name}  strength {s:.2f}  PSNR {p:.3f}" + (f"  LPIPS {d:.4f}" if d is not None else "") for s, p, d in zip(*curve)), sep="\n")
+            if args.plot:
+                figures.over_t(args.plot, found, "strength of the damage", "PSNR, dB (line)")
         elif args.what == "straightness":
             found = measure_straightness(networks, pictures, task, args, progress)
             for name, (sigma_p, path, gap) in sorted(found.items(), key=lambda item: item[1]):

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from console import InputError, Parser, in_range
-from degradations import H_T, degrade, to_float
+from degradations import H_T, degrade, least_multiple, to_float
 from folders import ASSETS, expected, keep_split, list_hash, note, split_folder
 from model import PRESETS
 from partners import cut_pair, read_pair
@@ -32,7 +32,7 @@ from pictures import probe, read_image
 class Task:
     name: str
     degradation: str = "bicubic"  # H: "bicubic" (antialiased), "avgpool", or "real" (degradations.py)
-    scale: int = 4
+    scale: int = 4  # a fraction only where evaluate.py measures at one
     sigma_n: float = 0.0  # noise of the measurement, on the [-1, 1] scale
     eight_bit: bool = False  # the low-resolution picture is clamped and rounded to 8 bits, as in a file; the paper's is not
     strength: float = 0.0  # of "real": 0 (bicubic) to 1 (as published); -1: drawn by picture
@@ -78,7 +78,7 @@ def add_task_flags(parser):
     g = parser.add_argument_group("task: --dataset picks a row of data.TASKS, the rest override its cells")
     g.add_argument("--dataset", choices=TASKS, default="photos", help="which row (default: photos, any folder of photographs)")
     g.add_argument("--degradation", choices=("bicubic", "avgpool", "real"), help="H")
-    g.add_argument("--scale", type=in_range(int, 1, 64), help="how many times smaller x_lr is")
+    g.add_argument("--scale", type=factor, help="how many times smaller x_lr is; measured on, not trained for, a fraction as 3.5 too")
     g.add_argument("--sigma_n", type=in_range(float, 0, 10), help="noise of the measurement, on the [-1, 1] scale")
     g.add_argument("--strength", type=in_range(float, -1, 1), help="of --degradation real: 0 (bicubic reduction) to 1 (as published); -1: drawn by picture")
     g.add_argument("--eight_bit", action=argparse.BooleanOptionalAction, help="round the low-resolution picture to 8 bits, as a file does")
@@ -92,6 +92,14 @@ def add_task_flags(parser):
     g.add_argument("--no_condition", dest="condition", action="store_false", default=None, help="it does not: x_lr counts only through x_0")
     g.add_argument("--hflip", type=in_range(float, 0, 1), help="chance of a horizontal flip")
     g.add_argument("--vflip", type=in_range(float, 0, 1), help="chance of a vertical flip")
+
+
+def factor(text):
+    """An argparse type: 1 to 64, an int where it is whole, else of at most two decimals."""
+    value = in_range(float, 1, 64)(text)
+    if value != round(value, 2):
+        raise argparse.ArgumentTypeError(f"{text} has more than two decimals")
+    return int(value) if value == int(value) else value
 
 
 def saved_task(cells, path):
@@ -114,7 +122,9 @@ def resolve_task(args, row=None, training=True):
     """The row that --dataset names (or the row given), with the cells that other flags override. Raises InputError where they do not fit each other."""
     given = {f.name: v for f in fields(Task) if f.name != "name" and (v := getattr(args, f.name, None)) is not None}
     task = replace(row or TASKS[args.dataset], **given)
-    if task.image_size % task.scale and (training or task.crop == "center"):  # whole pictures are measured less their last rows
+    if not isinstance(task.scale, int) and (training or task.degradation != "bicubic"):
+        raise InputError(f"--scale {task.scale}: " + ("networks are trained for whole factors; evaluate.py measures them at others" if training else f"{task.degradation} takes whole factors"))
+    if task.image_size % least_multiple(task.scale) and (training or task.crop == "center"):  # whole pictures are measured less their last rows
         raise InputError(f"--image_size {task.image_size} is not a multiple of --scale {task.scale}")
     if -1 < task.strength < 0:
         raise InputError(f"--strength {task.strength:g} should lie between 0 and 1, or be -1: drawn by picture")

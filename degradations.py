@@ -18,6 +18,7 @@ import functools
 import math
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -33,20 +34,25 @@ def to_float(x):
     return x.float() / 127.5 - 1
 
 
+def least_multiple(scale):
+    """The smallest whole number of pixels that scale divides into a whole number: of 4 it is 4, of 3.5 7."""
+    return Fraction(str(scale)).numerator
+
+
 def H(x, degradation, scale):
-    """Down-sampling: x (B, C, H, W) to (B, C, H/scale, W/scale). H and W are multiples of scale."""
-    if x.shape[-2] % scale or x.shape[-1] % scale:
+    """Down-sampling: x (B, C, H, W) to (B, C, H/scale, W/scale). H and W are multiples of scale, which bicubic takes as a fraction too (3.5)."""
+    if x.shape[-2] % least_multiple(scale) or x.shape[-1] % least_multiple(scale):
         raise ValueError(f"{x.shape[-2]} x {x.shape[-1]} is not a multiple of the scale {scale}")
     if degradation == "avgpool":
         return F.avg_pool2d(x, scale)
-    return F.interpolate(x, size=(x.shape[-2] // scale, x.shape[-1] // scale), mode="bicubic", antialias=True)
+    return F.interpolate(x, size=[round(side / scale) for side in x.shape[-2:]], mode="bicubic", antialias=True)
 
 
 def H_T(y, degradation, scale):
     """Back to full size: y (B, C, h, w) to (B, C, h scale, w scale); pixel repetition for avgpool, else bicubic."""
     if degradation == "avgpool":
         return y.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
-    return F.interpolate(y, scale_factor=scale, mode="bicubic", antialias=True)
+    return F.interpolate(y, size=[round(side * scale) for side in y.shape[-2:]], mode="bicubic", antialias=True)
 
 
 def degrade(x_1, task, seeds):

@@ -37,7 +37,8 @@ from pictures import EXTENSIONS, open_writer, read_picture
 ROOT = Path(__file__).parent
 FLOW = ROOT / "weights" / "photos_x4_flow.safetensors"
 EXAMPLES = [ROOT / "assets" / name for name in ("astronaut.png", "cat.png", "coffee.png")]
-NETWORKS = {"student: one step": (sample.WEIGHTS, {}), "flow: 8 steps of midpoint": (FLOW, dict(solver="midpoint", steps=8))}
+STUDENT = "student: one step"
+NETWORKS = {STUDENT: (sample.WEIGHTS, {}), "flow: 8 steps of midpoint": (FLOW, dict(solver="midpoint", steps=8))}
 MOST_PIXELS = 13_000_000  # of an input: a camera's 4000 x 3000
 MOST_BYTES = 100_000_000
 KEPT = 300_000_000  # bytes of seen results of one picture, in memory
@@ -57,6 +58,7 @@ class Opened:
     name: str
     picture: object  # pictures.Picture
     network: str
+    denoise: float  # the second dial, of the student
     seed: int
     folder: Path  # for what becomes a file
     tab: str  # gradio's name of the browser's tab
@@ -110,12 +112,12 @@ class Turns:
 TURNS = Turns()
 
 
-@functools.lru_cache(maxsize=None)
-def load(network):
-    """(UNet, Task, arguments of sample.enlarge) of a row of NETWORKS. Between its blocks the network looks whether it should go on."""
+@functools.lru_cache(maxsize=8)
+def load(network, denoise=0.0):
+    """(UNet, Task, arguments of sample.enlarge) of a row of NETWORKS, of the student for a place of the second dial. Between its blocks the network looks whether it should go on."""
     from model import pick_device, pick_dtype
     path, how = NETWORKS[network]
-    net, _, task = sample.load(path)
+    net, _, task = sample.shipped(denoise) if network == STUDENT else sample.load(path)
     for block in [*net.input_blocks, net.middle_block, *net.output_blocks]:
         block.register_forward_pre_hook(TURNS.check)
     return net, task, dict(how, dtype=pick_dtype("auto", pick_device("auto")))
@@ -123,7 +125,7 @@ def load(network):
 
 def restored(opened, t, t_map=None):
     """The picture at t, or at each pixel's own, from the top down: yields rows (n, width, C)."""
-    net, task, how = load(opened.network)
+    net, task, how = load(opened.network, opened.denoise)
 
     def progress(share):
         opened.share += share
@@ -141,7 +143,8 @@ def note(opened, **more):
     """The settings, as sample.py writes them into a PNG."""
     path, how = NETWORKS[opened.network]
     dtype = str(load(opened.network)[2]["dtype"]).removeprefix("torch.")
-    return dict(seed=opened.seed, weights=path.name, dtype=dtype, tile="auto", **how, input=opened.name, **more)
+    weights = sample.weights_note(opened.denoise) if opened.network == STUDENT else dict(weights=path.name)
+    return dict(seed=opened.seed, **weights, dtype=dtype, tile="auto", **how, input=opened.name, **more)
 
 
 def data_url(pixels):
@@ -269,8 +272,11 @@ def checked(t):
     return float(t)
 
 
-def open_picture(path, network, seed, tab, folder):
-    """Open a file in a tab, in place of what it had open: its id, sizes and the picture itself, for the browser. Raises InputError."""
+def open_picture(path, network, seed, tab, folder, denoise=None):
+    """Open a file in a tab, in place of what it had open: its id, sizes and the picture itself, for the browser. Raises InputError.
+
+    denoise: where the second dial stands; None: where the picture asks for it.
+    """
     if path is None:
         return None
     name = Path(path).name
@@ -280,11 +286,13 @@ def open_picture(path, network, seed, tab, folder):
         picture = read_picture(path, MOST_PIXELS)
     except InputError as e:
         raise InputError(str(e).replace(str(path), name).replace("if you trust it, raise --max_pixels (max_pixels in Python)", "sample.py takes larger ones")) from None
+    denoise = 0.0 if network != STUDENT else sample.pick_denoise(picture, denoise=denoise)[0]
+    load(network, denoise)  # what is wrong with the weights is said now
     close(tab)
-    opened = Opened(name, picture, network, int(seed), folder / "results" / secrets.token_urlsafe(16), tab)
+    opened = Opened(name, picture, network, denoise, int(seed), folder / "results" / secrets.token_urlsafe(16), tab)
     PAGES[opened.id] = opened
     height, width, factor = size_of(opened)
-    return dict(id=opened.id, name=name, width=width, height=height, shown=factor, before=data_url(rgb8(picture.pixels)))
+    return dict(id=opened.id, name=name, width=width, height=height, shown=factor, denoise=denoise, before=data_url(rgb8(picture.pixels)))
 
 
 def close(tab):
@@ -306,11 +314,15 @@ def build(folder):
         path = Path(event.path).resolve()
         return str(path) if path.is_relative_to(folder.resolve()) else None  # the browser names it: only what it has sent
 
-    def opening(path, network, seed, request: gr.Request):
+    def opening(path, network, seed, denoise, request: gr.Request):
         try:
-            return open_picture(path, network, seed, request.session_hash, folder)
+            return open_picture(path, network, seed, request.session_hash, folder, denoise)
         except InputError as e:
             raise gr.Error(str(e), title="This picture is not opened", duration=20, print_exception=False) from None
+
+    def asking(path, network, seed, request: gr.Request):  # a new picture says itself where the second dial should stand
+        told = opening(path, network, seed, None, request)
+        return told, told["denoise"] if told else 0.0
 
     def closing(request: gr.Request):
         close(request.session_hash)
@@ -324,6 +336,7 @@ def build(folder):
                 with gr.Row():
                     examples = [(gr.Button(p.stem, icon=str(p), size="sm", min_width=70), p) for p in EXAMPLES]
                 network = gr.Radio(list(NETWORKS), value=next(iter(NETWORKS)), label="Network", elem_id="network")
+                denoise = gr.Slider(0, 1, 0, step=0.25, label="Blur, noise and compression taken away", visible=sample.REAL.is_file(), elem_id="denoise")
                 seed = gr.Number(0, label="Seed of the noise", precision=0, minimum=0, elem_id="seed")
             with gr.Column(scale=4, min_width=500):
                 viewer = gr.HTML(html_template=(ROOT / "demo.html").read_text(), js_on_load=(ROOT / "demo.js").read_text(), elem_id="viewer",
@@ -332,7 +345,8 @@ def build(folder):
         for button, example in examples:
             button.click(lambda example=str(example): example, None, path)
         viewer.dropped(dropped, None, path)
-        gr.on([path.change, network.change, seed.submit, seed.blur], opening, [path, network, seed], viewer, show_progress="hidden")
+        path.change(asking, [path, network, seed], [viewer, denoise], show_progress="hidden")
+        gr.on([network.change, seed.submit, seed.blur, denoise.release], opening, [path, network, seed, denoise], viewer, show_progress="hidden")
         page.load(lambda: str(EXAMPLES[0]), None, path)
         page.unload(closing)
     return page

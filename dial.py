@@ -1,6 +1,7 @@
-"""The dial, further: a t of its own for each pixel, and a result that keeps to the measurement.
+"""The dial, further: a t of its own for each pixel, a second dial, and a result that keeps to the measurement.
 
     x_1 = along_map(at, t_map)                     # at(t) -> (3, H, W); t_map (H, W): each pixel as at its own t
+    net, stage, task = blend(clean, real, 0.5)     # between a network that takes no blur, noise and compression away and one that does
     x_1 = consistent(x_1, y, "bicubic", 4)         # H(x_1) is the low-resolution picture again
 """
 from itertools import pairwise
@@ -11,6 +12,7 @@ from PIL import Image
 
 from console import InputError
 from degradations import H, H_T
+from model import average
 from colour import resized, rgb8
 from pictures import from_pil, read_picture
 
@@ -57,6 +59,22 @@ def along_map(at, t_map):
         out = torch.where(share > 0, before * (1 - share) + after * share, out)
         before = after
     return out
+
+
+def blend(clean, real, denoise):
+    """The network (1 - denoise) clean + denoise real, weight by weight, of two (UNet, stage, Task) as sample.load gives them: such a triple.
+
+    Only networks that were trained on from a common start have something in common between them. Raises InputError where
+    the two cannot have one: other layers, another stage, or another task but for what is done to its pictures.
+    """
+    (a, stage, task), (b, other_stage, other) = clean, real
+    differ = [(name, a.config.get(name), b.config.get(name)) for name in {**a.config, **b.config} if a.config.get(name) != b.config.get(name)]
+    differ += [("stage", stage, other_stage)] if stage != other_stage else []
+    differ += [(cell, x, y) for cell in ("scale", "sigma_p", "sigma_n", "condition") if (x := getattr(task, cell)) != (y := getattr(other, cell))]
+    if differ:
+        name, x, y = differ[0]
+        raise InputError(f"there is nothing between the clean network and the real one: their {name} differs, {x} and {y}")
+    return average([a, b], [1 - denoise, denoise]), stage, task
 
 
 def consistent(x_1, y, degradation, scale, steps=50):

@@ -11,6 +11,9 @@
     python evaluate.py --pairs out/eval/bicubic/seed0 out/eval/hr # any two folders of pictures, paired by stem
     python evaluate.py --pairs drawn/ DIR --metrics fid           # of Fréchet distances alone: any number in each
     python evaluate.py --data_dir HR --lr_dir LR --metrics psnr_rgb,lpips,niqe   # pairs that somebody took, as RealSR's
+    python evaluate.py --dataset realsr --data_dir DIR --write_pairs PAIRS       # the pictures and their accidents as files, once for all
+    python evaluate.py --table realsr --data_dir PAIRS/hr --lr_dir PAIRS/lr      # the paper's Table 4 of these pairs
+    python evaluate.py --table realsr --no_truth DIR              # its Table 5: pictures as people have them
     torchrun --nproc_per_node 2 -- evaluate.py --data_dir DIR     # the processes share the pictures
 
 A student is swept over t, a flow over its steps (and over t too, where --t is given), beside a bicubic row. What is
@@ -38,12 +41,12 @@ from console import InputError, Parser, Progress, in_range
 from degradations import H_T, H, observe, to_float
 from folders import note
 from kernels import to_uint8
-from metrics import BACKBONES, FEW, FID_MODES, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
+from metrics import ALONE, BACKBONES, FEW, FID_MODES, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
 from model import UNet, keep_freed_memory, load_model, pick_device, pick_dtype
 from partners import find_partners
-from pairs import by_stem, clear, find_pairs, find_truth, load_truth
+from pairs import by_stem, check_pairs, clear, find_alone, find_pairs, find_truth, load_truth, stream_of, write_pairs
 from pictures import list_images, read_image, write_picture
-from report import describe, peak_memory, table_line, write_json
+from report import TABLES, describe, paper_table, peak_memory, table_line, write_json
 from sample import SOLVERS, tile_size
 from tiles import check_tile, pick_tile, restore
 
@@ -160,14 +163,14 @@ def plan_rows(networks, args):
     rows = [Row("bicubic")]
     for n in networks:
         if n.stage == "distill":
-            ts = () if args.tune_t else args.t or (0, 0.25, 0.5, 0.75, 1)
+            ts = () if args.tune_t else args.t or ((1, 0.5, 0) if args.table else (0, 0.25, 0.5, 0.75, 1))
             rows += [student_row(n, t) for t in dict.fromkeys(ts)]
             continue
-        for solver in dict.fromkeys(args.solver or ("midpoint",)):
-            hows = [dict(solver=solver, steps=k) for k in dict.fromkeys(args.steps or (1, 2, 4, 8))]
+        for solver in dict.fromkeys(args.solver or ("euler" if args.table else "midpoint",)):
+            hows = [dict(solver=solver, steps=k) for k in dict.fromkeys(args.steps or ((15,) if args.table else (1, 2, 4, 8)))]
             if solver == "rk45":
                 hows = [dict(solver=solver, rtol=args.rtol, atol=args.atol)]
-            elif not (args.steps or args.t or "euler" in (args.solver or ())):
+            elif not (args.steps or args.t or args.table or "euler" in (args.solver or ())):
                 hows.insert(0, dict(solver="euler", steps=1))
             for how in hows:
                 name = f"{how['solver']}{how.get('steps', '')}"
@@ -217,7 +220,7 @@ def bicubic(x_lr, task):
 @dataclass
 class Bench:
     """What all rows of a table share."""
-    truth: dict  # {stem: path of the true picture's PNG}
+    truth: dict  # {stem: path of the true picture's PNG, None where there is no truth}
     task: data.Task
     out_dir: Path
     metrics: Metrics
@@ -233,16 +236,19 @@ class Bench:
     def png(self, row, seed, stem):
         return row.results[stem] if row.results else self.out_dir / row.name / f"seed{seed}" / f"{stem}.png"
 
-    def observed(self, stem, x_1, stream):
-        """The low-resolution picture (1, 3, h, w) in [-1, 1] behind which the true one x_1 (1, 3, H, W) lies."""
-        if not self.low:
-            return observe(x_1, self.task, stream)
-        return to_float(torch.from_numpy(read_image(self.low[stem])).permute(2, 0, 1)[None])
+    def observed(self, stem, stream):
+        """The low-resolution picture (1, 3, h, w) in [-1, 1] behind which the true one lies."""
+        return read_float(self.low[stem]) if self.low else observe(read_float(self.truth[stem]), self.task, stream)
 
     def seeds(self, row, count):
         """bicubic without noise has no seed, nor have somebody's results."""
         drawn = row.network or (not row.results and not self.low and (self.task.sigma_n or self.task.degradation == "real"))
         return range(count) if drawn else [0]
+
+
+def read_float(path):
+    """A picture file as (1, 3, H, W) in [-1, 1]."""
+    return to_float(torch.from_numpy(read_image(path)).permute(2, 0, 1)[None])
 
 
 @torch.no_grad()
@@ -257,12 +263,10 @@ def run_row(row, bench, seeds, progress):
         progress.start(f"{row.name}, seed {seed}")
         for stem in sorted(bench.truth)[bench.rank::bench.world]:
             path, png = bench.truth[stem], bench.png(row, seed, stem)
-            x_1 = to_float(torch.from_numpy(read_image(path)).permute(2, 0, 1)[None])
-            number = int.from_bytes(hashlib.sha256(os.fsencode(path.stem)).digest()[:4], "little")
-            stream = data.image_seeds(seed, torch.tensor([number]))
-            y = bench.observed(stem, x_1, stream)
+            stream = stream_of(stem, seed)
+            y = bench.observed(stem, stream)
             nfe, seconds = (row.nfe, None) if row.results else restore_picture(row, bench, y, stream, png)
-            records.append(dict(stem=stem, seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, bench.task.scale, bench.metrics, y, bench.task)))
+            records.append(dict(stem=stem, seed=seed, nfe=nfe, seconds=seconds, **measure(png, path, math.ceil(bench.task.scale), bench.metrics, y, bench.task)))
             progress.add(1)
     if len(records) > 1:
         records[0]["seconds"] = None  # it warmed the machine up
@@ -378,9 +382,12 @@ def parse_args(argv):
     g.add_argument("--stage", choices=("flow", "distill"), help="what a checkpoint is, for a published file, which does not say")
     g.add_argument("--methods", nargs="+", type=method, default=[], metavar="NAME[:NFE]=DIR", help="folders of other methods' results for the same pictures, a row each")
     g.add_argument("--pairs", nargs=2, metavar=("RESTORED", "TRUE"), help="measure a folder of pictures against another instead")
-    g.add_argument("--metrics", type=chosen_metrics, default=list(USUAL), help=f"of {', '.join(METRICS)} (default: {','.join(USUAL)})")
+    g.add_argument("--metrics", type=chosen_metrics, help=f"of {', '.join(METRICS)} (default: {','.join(USUAL)})")
+    g.add_argument("--table", choices=TABLES, help="measure what the paper's Tables 4 and 5 report, with 15 Euler steps of a flow and t = 1, 0.5, 0, and lay it out as they do")
     g = p.add_argument_group("on which pictures")
     g.add_argument("--lr_dir", help="folder of low-resolution pictures, each of a true picture's name: measure on these pairs instead of on what H makes")
+    g.add_argument("--no_truth", metavar="DIR", help="folder of pictures to enlarge of which there are no true ones: measured by metrics that need none")
+    g.add_argument("--write_pairs", metavar="DIR", help="write the true pictures and what H makes of them under seed 0 into DIR/hr and DIR/lr, and measure nothing; what is there is compared")
     g.add_argument("--data_dir", help="folder of true pictures: its validation pictures, else all (default: data/DATASET)")
     g.add_argument("--pictures", type=whole, default=0, help="measure this many pictures, spread evenly; 0: all")
     g.add_argument("--trained_too", action="store_true", help="measure what a network was trained on, too, which is left out otherwise")
@@ -449,10 +456,23 @@ def method(text):
 def check_flags(args):
     """What can be known to be wrong before any work. Raises InputError."""
     check_tile(args.tile, args.tile_pad)
-    if args.pairs and (idle := [f for f in ("ckpt", "data_dir", "lr_dir", "pictures", "t", "solver", "steps", "plot", "methods", "figure", "tune_t") if getattr(args, f)]):
+    if args.no_truth and (idle := [f for f in ("data_dir", "lr_dir", "trained_too", "plot", "figure", "write_pairs") if getattr(args, f)]):
+        raise InputError(f"--no_truth measures pictures that have no true ones: it goes without --{idle[0]}")
+    if args.write_pairs and (idle := [f for f in ("lr_dir", "methods", "metrics", "table", "t", "tune_t", "solver", "steps", "plot", "figure", "json") if getattr(args, f)]):
+        raise InputError(f"--write_pairs writes pictures and measures nothing: it goes without --{idle[0]}")
+    if args.table and args.metrics:
+        raise InputError("--table says what is measured: it goes without --metrics")
+    if args.table:
+        args.metrics = list(TABLES[args.table][bool(args.no_truth)])
+    args.metrics = args.metrics or [name for name in METRICS if name in (ALONE - {"consistency"} if args.no_truth else USUAL)]
+    if args.no_truth and (lost := [name for name in args.metrics if name not in ALONE]):
+        raise InputError(f"{lost[0]} needs true pictures, which --no_truth has not: there are {', '.join(name for name in METRICS if name in ALONE)}")
+    if args.pairs and (idle := [f for f in ("ckpt", "data_dir", "lr_dir", "no_truth", "write_pairs", "table", "pictures", "t", "solver", "steps", "plot", "methods", "figure", "tune_t") if getattr(args, f)]):
         raise InputError(f"--pairs measures two folders as they are: it goes without --{idle[0]}")
     if args.pairs and "consistency" in args.metrics:
         raise InputError("--pairs knows no low-resolution pictures to measure consistency with")
+    if (args.lr_dir or args.write_pairs) and not isinstance(args.scale or 1, int):
+        raise InputError(f"--scale {args.scale}: files of pairs are a whole number of times smaller")
     if args.tune_t and args.t:
         raise InputError("--tune_t seeks the t that --t would give: one or the other")
     if args.tune_t and args.tune_t[0] not in args.metrics:
@@ -477,7 +497,7 @@ def measure_pairs(args, device):
     if set(args.metrics) <= {*FID_MODES, "fd_vgg16"}:
         return measure_folders(args, device)
     pairs = find_pairs(restored, truth)
-    crop = data.TASKS[args.dataset or "photos"].scale if args.scale is None else args.scale
+    crop = data.TASKS[args.dataset or "photos"].scale if args.scale is None else math.ceil(args.scale)
     metrics = pick(args, crop, device)
     warn_of_few(metrics, len(pairs))
     progress, records = Progress(len(pairs), "pair"), []
@@ -520,9 +540,10 @@ def prepare(args, device, rank, world):
     args.dataset = args.dataset or "photos"
     task = networks[0].task if networks else measured_task(args)
     rows = plan_rows(networks, args)
-    sources, what = find_truth(task, args.data_dir, args.pictures, networks, args.trained_too)
-    low = None
+    sources, what = find_alone(args.no_truth, args.pictures) if args.no_truth else find_truth(task, args.data_dir, args.pictures, networks, args.trained_too)
+    low = sources if args.no_truth else None
     if args.lr_dir:
+        what += check_pairs(args.lr_dir)
         partners = find_partners(list(sources.values()), args.lr_dir)
         sources = {stem: path for stem, path in sources.items() if path in partners}
         low = {stem: partners[path] for stem, path in sources.items()}
@@ -530,10 +551,11 @@ def prepare(args, device, rank, world):
     figures.choose(sorted(sources), args.figure_pictures)
     out_dir = Path(args.out_dir)
     for stem, path in sources.items():
-        load_truth(path, task, low and low[stem])
+        if not args.no_truth:
+            load_truth(path, task, low and low[stem])
         if out_dir.resolve() in path.resolve().parents:
             raise InputError(f"{path} lies in --out_dir {out_dir}, where results go: choose another")
-    metrics = pick(args, task.scale, device)
+    metrics = pick(args, math.ceil(task.scale), device)
     if args.plot and not {"psnr_rgb", "lpips"} <= metrics.pictures.keys():
         raise InputError("--plot draws psnr_rgb against lpips, and not both are measured")
     if args.tune_t and args.tune_t[0] not in metrics.names():
@@ -544,7 +566,7 @@ def prepare(args, device, rank, world):
     if rank == 0:
         clear(out_dir)
     dtype = pick_dtype(args.dtype, device)
-    truth = {stem: out_dir / "hr" / f"{stem}.png" for stem in sources}
+    truth = {stem: None if args.no_truth else out_dir / "hr" / f"{stem}.png" for stem in sources}
     bench = Bench(truth, task, out_dir, metrics, dtype, torch.float32 if args.dtype == "auto" else dtype, args.tile, args.tile_pad, rank, world, low)
     return networks, rows, bench, sources, what
 
@@ -575,6 +597,11 @@ def main(argv=None):
     device = pick_device(args.device)
     if args.pairs:
         return measure_pairs(args, device) if rank == 0 else None
+    if args.write_pairs:
+        networks = load_networks(args.ckpt or (), device, args)
+        args.dataset = args.dataset or "photos"
+        task = networks[0].task if networks else measured_task(args)
+        return print(write_pairs(Path(args.write_pairs), task, *find_truth(task, args.data_dir, args.pictures, networks, args.trained_too)))
     networks, rows, bench, sources, what = prepare(args, device, rank, world)
 
     # --- measure ---
@@ -585,7 +612,7 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("gloo")
         dist.barrier()  # the folder is clear
-    for stem in sorted(sources)[rank::world]:
+    for stem in () if args.no_truth else sorted(sources)[rank::world]:
         write_picture(bench.truth[stem], load_truth(sources[stem], bench.task, bench.low and bench.low[stem]))
     results = measure_all(networks, rows, bench, args, width)
 
@@ -594,6 +621,8 @@ def main(argv=None):
         protocol["peak_memory_gib"] = peak_memory(device)
         if protocol["peak_memory_gib"]:
             print(f"peak memory of {'the GPU' if device.type == 'cuda' else 'the process'} {protocol['peak_memory_gib']:.2f} GiB")
+        if args.table:
+            print(paper_table(args.no_truth or args.lr_dir or what, results, TABLES[args.table][bool(args.no_truth)]))
         if args.json:
             write_json(args.json, protocol, results)
         if args.plot:

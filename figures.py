@@ -54,9 +54,9 @@ def tradeoff(path, rows):
     save(figure, path)
 
 
-def over_t(path, curves):
+def over_t(path, curves, xlabel="t", ylabel="MSE (line)"):
     """Curves over t in one plot: curves {name: (ts, errors, distances)}; errors on the left axis, LPIPS dashed on the right, None where it is not known."""
-    figure, axes = new_axes(xlabel="t", ylabel="MSE (line)")
+    figure, axes = new_axes(xlabel=xlabel, ylabel=ylabel)
     other = axes.twinx() if any(d[0] is not None for _, _, d in curves.values()) else None
     for name, (ts, errors, distances) in curves.items():
         (line,) = axes.plot(ts, errors, "o-", label=name, markersize=4)

@@ -35,6 +35,7 @@ METRICS = {"psnr_rgb": 3, "psnr_y": 3, "ssim_y": 4, "lpips": 4, "consistency": 2
 USUAL = ("psnr_rgb", "psnr_y", "ssim_y", "lpips")
 PYIQA = ("dists", "musiq", "maniqa", "clipiqa", "liqe")  # of these dists has the true picture beside it
 HIGHER = {"psnr_rgb", "psnr_y", "ssim_y", "consistency", "musiq", "maniqa", "clipiqa", "liqe"}  # is better; of the others lower
+ALONE = {"consistency", "niqe", "musiq", "maniqa", "clipiqa", "liqe"}  # need no true picture
 FID_MODES = {"fid": "clean", "fid_tf": "legacy_tensorflow"}  # clean-fid's names; the second is the published repository's
 WINDOW = 11  # side of SSIM's
 FEW = 2048  # pictures: fewer than Inception has features, and the FID is of that number's own kind
@@ -231,20 +232,33 @@ def offline():
     """Whatever wants to download raises Missing, which says what file it wanted and where it looked for it."""
     import urllib.request
 
+    import pyiqa.utils.download_util as pyiqa_files
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from timm.models import _hub as timm_files
+
     def refuse(url, dst=None, *args, **kwargs):
         url = getattr(url, "full_url", url)
-        raise Missing(f"no {Path(dst).name if dst else str(url).rsplit('/', 1)[-1]} in {Path(dst).parent if dst else 'its cache'} (from {url})")
+        file = Path(dst or Path(torch.hub.get_dir(), "clip", str(url).rsplit("/", 1)[-1]))  # CLIP's loader opens the address itself
+        raise Missing(f"no {file.name} in {file.parent} (from {url})")
 
-    import pyiqa.utils.download_util as pyiqa_files
-    wanted = [(torch.hub, "download_url_to_file"), (pyiqa_files, "download_url_to_file"), (urllib.request, "urlopen"), (urllib.request, "urlretrieve")]
-    kept = [getattr(module, name) for module, name in wanted]
-    for module, name in wanted:
-        setattr(module, name, refuse)
+    def look_up(repo_id, filename, **kwargs):  # in huggingface_hub's cache, which does not say what it lacks
+        try:
+            return download(repo_id, filename, **kwargs)
+        except LocalEntryNotFoundError:
+            raise LocalEntryNotFoundError(f"no {filename} of {repo_id} in {HF_HUB_CACHE}") from None
+
+    download = timm_files.hf_hub_download
+    replaced = [(torch.hub, "download_url_to_file", refuse), (pyiqa_files, "download_url_to_file", refuse), (urllib.request, "urlopen", refuse),
+                (urllib.request, "urlretrieve", refuse), (timm_files, "hf_hub_download", look_up)]
+    kept = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, function in replaced:
+        setattr(module, name, function)
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # where "Downloading" is announced
             yield
     finally:
-        for (module, name), function in zip(wanted, kept):
+        for (module, name, _), function in zip(replaced, kept):
             setattr(module, name, function)
 
 
@@ -262,6 +276,9 @@ def load_pyiqa(name, device):
         raise
     except OSError as e:  # huggingface_hub's: not in its cache, and offline
         raise Missing(str(e).strip().splitlines()[0]) from None
+    except ImportError as e:  # of what pyiqa itself imports when a metric is made
+        cure = ": pip install 'setuptools<81'" if e.name == "pkg_resources" else ""
+        raise Missing(f"pyiqa wants the module {e.name}, which is not here{cure}") from None
     return (lambda a, b: metric(a, b).flatten()) if metric.metric_mode == "FR" else (lambda a, b: metric(a).flatten())
 
 
@@ -311,12 +328,13 @@ def version(package):
 def measure(restored, truth, crop, metrics, y=None, task=None):
     """Every metric of one picture file against another: a dict of floats. y (1, 3, h, w): what it was restored from, for `consistency`.
 
+    truth: None where there is none, and all metrics are of ALONE.
     Raises InputError that names what does not fit.
     """
-    a, b = (torch.from_numpy(read_image(p)).permute(2, 0, 1)[None] for p in (restored, truth))
+    a, b = (torch.from_numpy(read_image(p)).permute(2, 0, 1)[None] for p in (restored, truth or restored))
     if a.shape != b.shape:
         raise InputError(f"{restored} is {a.shape[3]} x {a.shape[2]}, but {truth} is {b.shape[3]} x {b.shape[2]}")
-    check_size(truth, *b.shape[2:], crop)
+    check_size(truth or restored, *b.shape[2:], crop)
     with torch.no_grad():
         return {name: (consistency(a, y, task) if name == "consistency" else metric(a, b)).item() for name, metric in metrics.pictures.items()}
 

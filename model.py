@@ -476,7 +476,7 @@ def check_fits(net, state, path):
 
 def preset_name(net):
     """The preset whose network that is, whatever its sigmas; None if it is none's."""
-    form = lambda config: {**config, "precond": bool(config.get("precond")), "one_step": False, "condition": True, "dropout": 0, "sigma_p": 0}
+    form = lambda config: {**config, "precond": bool(config.get("precond")), "one_step": False, "condition": True, "dropout": 0, "sigma_p": 0, "autoencoder": None}
     with torch.device("meta"):
         return next((name for name in PRESETS if form(build(PRESETS[name]).config) == form(net.config)), None)
 
@@ -500,6 +500,15 @@ def weights_in(checkpoint, path):
         raise InputError(f"{path} holds no averaged weights ('ema'), which a checkpoint of this project or a published one does")
     meta = {k: checkpoint.get(k) for k in ("stage", "task", "step", "model", "data")}
     return {**meta, "model": None if bare(meta["model"]) else meta["model"]}, ema["shadow_params"]
+
+
+def blind(averages, config):
+    """Whether a published list of averages is of a U-Net of that config without x_lr (Appendix F's): its first convolution has 3 inputs."""
+    if not isinstance(averages, list) or "family" in config:
+        return False
+    with torch.device("meta"):
+        first = [name for name, _ in build(config).named_parameters()].index("input_blocks.0.0.weight")
+    return len(averages) > first and averages[first].ndim == 4 and averages[first].shape[1] == 3 * config.get("patch", 1) ** 2
 
 
 def adapted(state, ours, path):
@@ -543,6 +552,8 @@ def load_model(path, device="cpu", model=None):
         if PRESETS[model].get("precond"):
             raise InputError(f"{path} does not say the sigmas of its network, which {model!r} has: it is not one of ours")
         meta["model"] = PRESETS[model]
+        if blind(state, meta["model"]):
+            meta["model"] = {**meta["model"], "condition": False}
         if isinstance(state, dict):
             state = adapted(state, network_of(PRESETS[model], path).state_dict(), path)
     net = network_of(meta["model"], path)
@@ -560,9 +571,11 @@ def average(networks, shares):
     """
     if len(networks) != len(shares) or abs(sum(shares) - 1) > 1e-6 or any(net.config != networks[0].config for net in networks):
         raise ValueError("an average takes networks of one config, and a share of each that sum to 1")
-    mixed, states = copy.deepcopy(networks[0]), [net.state_dict() for net in networks]
-    mixed.load_state_dict({name: sum(share * state[name] for share, state in zip(shares, states)) for name in states[0]})
-    return mixed
+    states = [net.state_dict() for net in networks]
+    with torch.device("meta"):  # built anew, as a copy would carry hooks along
+        mixed = build(networks[0].config)
+    mixed.load_state_dict({name: sum(share * state[name] for share, state in zip(shares, states)) for name in states[0]}, assign=True)
+    return mixed.train(networks[0].training).requires_grad_(False)
 
 
 # --- python model.py convert IN OUT ---

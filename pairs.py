@@ -1,17 +1,26 @@
-"""Which pictures evaluate.py measures: the true ones of a folder, the partners of two, and the folder of its own results."""
+"""Which pictures evaluate.py measures: the true ones of a folder, the partners of two, pairs written once, and the folder of its own results."""
 import functools
+import hashlib
+import json
+import math
+import os
 import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import data
 from console import InputError, atomic_write
+from degradations import least_multiple, observe, to_float
 from folders import note, trained_on
 from metrics import check_size
-from partners import read_pair
-from pictures import list_images, read_image
+from partners import HIGH, read_pair
+from pictures import list_images, read_image, write_picture
 
+PAIRS = "pairs.json"  # in a folder of pairs: what they are, and the hash of their pixels
 MARK = "evaluation.json"  # in a folder of results: what lies beside it is ours to take away
 
 
@@ -70,9 +79,82 @@ def load_truth(path, task, low=None):
     if not low and task.crop == "center":
         data.check_side(path, *image.shape[:2], task)
         image = np.asarray(data.center_crop(Image.fromarray(image), task.image_size))
-    height, width = (n - n % task.scale for n in image.shape[:2])
-    check_size(path, height, width, task.scale)
+    height, width = (n - n % least_multiple(task.scale) for n in image.shape[:2])
+    check_size(path, height, width, math.ceil(task.scale))
     return np.ascontiguousarray(image[:height, :width])
+
+
+def find_alone(folder, count):
+    """Pictures of which there are no true ones, `count` spread evenly or all (0): as find_truth."""
+    paths = list_images(folder)
+    chosen = data.spread(paths, count or len(paths))
+    return by_stem(chosen, folder), f"{len(chosen)} pictures of {folder}, no true ones"
+
+
+def stream_of(stem, seed):
+    """The noise stream (1,) of a picture: of its file's name and the seed, whatever other pictures are there."""
+    number = int.from_bytes(hashlib.sha256(os.fsencode(stem.rpartition("/")[2])).digest()[:4], "little")
+    return data.image_seeds(seed, torch.tensor([number]))
+
+
+# --- pairs, written once ---
+
+
+def write_pairs(folder, task, sources, what, seed=0):
+    """True pictures {stem: path} and what H makes of them under a seed, as hr/NAME_HR.png and lr/NAME_LR4.png in a folder: a line that says so.
+
+    PAIRS beside them holds the settings and the hash of the pixels. Where it is there already, nothing is written: the same is asked
+    for and found as it was, or InputError is raised.
+    """
+    names = {stem: HIGH.sub("", stem.replace("/", "_")) for stem in sorted(sources)}
+    cells = {k: v for k, v in asdict(task).items() if k in ("degradation", "strength", "scale", "sigma_n", "eight_bit", "crop", "image_size")}
+    asked = dict(task=cells, seed=seed, names=list(names.values()))
+    if len(set(names.values())) < len(names):
+        raise InputError("two of the true pictures would have one name: name one of their folders with --data_dir")
+    if (folder / PAIRS).is_file():
+        if (kept := read_pairs(folder))["asked"] != asked:
+            raise InputError(f"{folder} holds pairs of other pictures or another H: choose another folder, or take it away")
+        check_pairs(folder / "lr")
+        return f"{folder}: {len(names)} pairs are there already, unchanged, sha256 {kept['sha256'][:12]}"
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds something else already: choose another")
+    for stem, name in names.items():
+        truth = load_truth(sources[stem], task)
+        y = observe(to_float(torch.from_numpy(truth.copy()).permute(2, 0, 1)[None]), task, stream_of(stem, seed))
+        low = (y[0].permute(1, 2, 0).clamp(-1, 1) * 127.5 + 127.5).round().byte().numpy()
+        write_picture(folder / "hr" / f"{name}_HR.png", truth)
+        write_picture(folder / "lr" / f"{name}_LR{task.scale}.png", low)
+    digest = pixels_sha256(folder)
+    atomic_write(folder / PAIRS, lambda tmp: tmp.write_text(json.dumps(dict(what=what, sha256=digest, asked=asked), indent=1) + "\n"))
+    return f"{folder}: {len(names)} pairs written of {what}, sha256 {digest[:12]}; measure on them with --data_dir {folder / 'hr'} --lr_dir {folder / 'lr'}"
+
+
+def read_pairs(folder):
+    try:
+        kept = json.loads((folder / PAIRS).read_text())
+        return dict(asked=kept["asked"], sha256=str(kept["sha256"]))
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{folder / PAIRS} is broken: take {folder} away and write it again") from None
+
+
+def check_pairs(lr_dir):
+    """Of --lr_dir in a folder of write_pairs: its hash in words, for the protocol; "" for any other. Raises InputError if the pictures are not those that were written."""
+    folder = Path(lr_dir).absolute().parent
+    if not (folder / PAIRS).is_file():
+        return ""
+    digest = read_pairs(folder)["sha256"]
+    if pixels_sha256(folder) != digest:
+        raise InputError(f"{folder} does not hold the pairs that were written (SHA-256 of their pixels): take it away and write it again")
+    return f", pairs of sha256 {digest[:12]},"
+
+
+def pixels_sha256(folder):
+    """SHA-256 of the names, sizes and pixels of the pictures below a folder."""
+    digest = hashlib.sha256()
+    for path in list_images(folder):
+        pixels = read_image(path)
+        digest.update(f"{path.relative_to(folder).as_posix()} {pixels.shape}\n".encode() + pixels.tobytes())
+    return digest.hexdigest()
 
 
 # --- the folder of results ---

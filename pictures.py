@@ -59,6 +59,7 @@ class Picture:
     dpi: tuple | None = None
     xmp: bytes = b""
     lossless: bool = True
+    quality: float | None = None  # of a JPEG file, by its quantisation tables
     full_chroma: bool = True  # colour as fine as brightness (4:4:4)
     notes: list = field(default_factory=list)  # what the user should know, a line each
 
@@ -93,7 +94,7 @@ def read_picture(path, max_pixels=MAX_PIXELS, metadata=True):
     with _open(path, max_pixels) as (im, head, told):
         frames = getattr(im, "n_frames", 1)
         profile, orientation, depth = im.info.get("icc_profile"), im.getexif().get(ORIENTATION, 1), _depth(im, head)
-        picture = Picture(None, im.format, lossless=_lossless(im, head), full_chroma=_full_chroma(im, head))
+        picture = Picture(None, im.format, lossless=_lossless(im, head), quality=_quality(im), full_chroma=_full_chroma(im, head))
         if frames > 1:
             what = {"TIFF": "pages", "MPO": "pictures"}.get(im.format, "frames")
             picture.notes.append(f"the first of its {frames} {what} is taken")
@@ -117,7 +118,7 @@ def from_pil(im):
     exif = _exif(im, notes)
     pixels, space = _decode(im)
     pixels = to_srgb(pixels, space, im.info.get("icc_profile"), notes)
-    return Picture(_upright(pixels, im.getexif().get(ORIENTATION, 1)), im.format or "", exif, _dpi(im), _xmp(im), notes=notes)
+    return Picture(_upright(pixels, im.getexif().get(ORIENTATION, 1)), im.format or "", exif, _dpi(im), _xmp(im), quality=_quality(im), notes=notes)
 
 
 def as_picture(image):
@@ -337,6 +338,14 @@ def _lossless(im, head):
     if im.format == "WEBP":
         return b"VP8L" in head[:64] or (head[12:16] == b"VP8X" and b"VP8L" in head)
     return im.format in LOSSLESS and not (im.format == "TIFF" and im.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"))
+
+
+def _quality(im):
+    """Of a JPEG, 1 to 100 as libjpeg counts it: from the sum of its first quantisation table, which does not depend on their order. None of others."""
+    if not getattr(im, "quantization", None):
+        return None
+    scale = sum(im.quantization[min(im.quantization)]) / 3688  # of the standard table for brightness, quality 50
+    return max(1.0, 100 - 50 * scale if scale <= 1 else 50 / scale)
 
 
 def _full_chroma(im, head):

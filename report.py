@@ -7,8 +7,34 @@ import sys
 import torch
 
 from console import atomic_write
-from metrics import METRICS
+from degradations import least_multiple
+from metrics import HIGHER, METRICS
 from model import count_macs
+
+
+# The paper's tables: what they report of pairs, and of pictures without truth.
+TABLES = {"realsr": (("psnr_rgb", "lpips", "fid_tf", "niqe", "musiq", "maniqa", "clipiqa"), ("niqe", "musiq", "maniqa", "clipiqa", "liqe"))}
+PAPER = {"psnr_rgb": "PSNR", "lpips": "LPIPS", "fid_tf": "FID", "niqe": "NIQE", "musiq": "MUSIQ", "maniqa": "MANIQA", "clipiqa": "CLIPIQA", "liqe": "LIQE"}
+
+
+def paper_table(title, rows, names):
+    """Lines of the table as the paper's Tables 4 and 5 lay them out, in Markdown: a row a method, a column for each of `names`
+    that was measured, the best **bold** and the second underlined."""
+    names = [name for name in names if name in rows[0]]
+    cells = [[method_name(row)] for row in rows]
+    for name in names:
+        values = sorted({row[name] for row in rows}, reverse=name in HIGHER)
+        for row, line in zip(rows, cells):
+            text, place = f"{row[name]:.{METRICS[name]}f}", values.index(row[name])
+            line.append(f"**{text}**" if place == 0 else f"<u>{text}</u>" if place == 1 else text)
+    head = [str(title), *(f"{PAPER[name]} ({'↑' if name in HIGHER else '↓'})" for name in names)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *cells))
+
+
+def method_name(row):
+    """A method with its number of steps, as the paper has it: Ours-15s, Ours-1s (t = 0.5)."""
+    network = row["curve"].partition(",")[0] if row["curve"] else row["name"]
+    return network + (f"-{row['nfe']:g}s" if row["nfe"] else "") + ("" if row["t"] is None else f" (t = {row['t']:g})")
 
 
 def table_line(row, width, names):
@@ -52,8 +78,8 @@ def describe(networks, rows, bench, what, args, device):
                           trained_on=n.memory and dict(pictures=n.memory["train"], sha256=n.memory["sha256"]),
                           parameters=sum(p.numel() for p in n.net.parameters()), gmacs_256=count_macs(n.net, 256, 256) / 1e9,
                           gmacs_256_standard=count_macs(n.net, 256, 256, standard=True) / 1e9))
-    how_made = f"{args.lr_dir}'s own," if bench.low else how_degraded(task)
-    cut = f"centre {task.image_size}" if task.crop == "center" and not bench.low else f"whole, to multiples of {task.scale}"
+    how_made = f"{args.lr_dir or args.no_truth}'s own," if bench.low else how_degraded(task)
+    cut = f"centre {task.image_size}" if task.crop == "center" and not bench.low else f"whole, to multiples of {least_multiple(task.scale)}"
     bits = "8 bits" if task.eight_bit else "float"
     protocol = dict(pictures=what, cut=cut, H=how_made, scale=task.scale, low_resolution=bits, sigma_n=task.sigma_n, seeds=list(range(args.seeds)),
                     networks=parts, methods=[f"{name}={folder}" for name, _, folder in args.methods], metrics=bench.metrics.notes,

@@ -4,7 +4,8 @@
     v = teacher(x_in, t)                      # x_in = concat(x_t, z_lr): (B, 6, h, w) latents, t: (B,) -> v: (B, 3, h, w)
     z_1, nfe = teacher.ancestral(x_in, noise, 4)      # its own sampler
 
-With schedule=None the same backbone is trained as this project's flow, the paper's ResShift*: train_flow.py --model resshift.
+With schedule=None the same backbone is trained as this project's flow, the paper's ResShift*: train_flow.py --model resshift, in
+latents with --autoencoder FILE.
 """
 import math
 from pathlib import Path
@@ -22,6 +23,7 @@ from model import (
     ResBlock,
     Stage,
     UpConv,
+    build,
     load_model,
     timestep_embedding,
 )
@@ -326,6 +328,24 @@ def through_middle(middle, h):
     return h
 
 
+def fill_autoencoder(model, path):
+    """Load the published autoencoder at path into a ResShift's. Raises InputError."""
+    fill(model.autoencoder, read_state(path), path, "ResShift's autoencoder (VQ, f4)")
+
+
+def new_flow(config, path, dry_run=False):
+    """A flow in the latents of the published autoencoder at path, the paper's ResShift*: (arguments of ResShift, weights: its network's drawn, None in a dry run).
+
+    config: the arguments of the same flow in pixels. Raises InputError.
+    """
+    with torch.device("meta" if dry_run else "cpu"):
+        model = build({**config, "autoencoder": VQ_F4})
+    if dry_run:
+        return model.config, None
+    fill_autoencoder(model, path)
+    return model.config, model.state_dict()
+
+
 # --- the teacher ---
 
 
@@ -354,6 +374,11 @@ class ResShift(Teacher):
             self.t_last = 1 - sqrt_eta(0, **self.times) / SQRT_ETA_END
 
     @classmethod
+    def empty(cls, args):
+        """The published teacher without its weights, with an autoencoder where args.autoencoder names one, of a chain of args.chain steps."""
+        return cls(SWINUNET, dict(SCHEDULES[args.chain], pixels=args.autoencoder is None), autoencoder=VQ_F4 if args.autoencoder else None)
+
+    @classmethod
     def published(cls, path, args):
         """The teacher in a file, one of this project or a published one, and its metadata: args has --autoencoder and --chain.
 
@@ -365,10 +390,10 @@ class ResShift(Teacher):
             if not isinstance(teacher, cls) or teacher.one_step:
                 raise InputError(f"{path} holds no ResShift to learn from")
             return teacher, meta
-        teacher = cls(SWINUNET, dict(SCHEDULES[args.chain], pixels=args.autoencoder is None), autoencoder=VQ_F4 if args.autoencoder else None)
+        teacher = cls.empty(args)
         fill(teacher.net, state, path, "ResShift's network")
         if args.autoencoder:
-            fill(teacher.autoencoder, read_state(args.autoencoder), args.autoencoder, "ResShift's autoencoder (VQ, f4)")
+            fill_autoencoder(teacher, args.autoencoder)
         return teacher, {"task": None, "step": None}
 
     def path(self, t):

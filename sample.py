@@ -6,6 +6,8 @@
     python sample.py --solver midpoint --steps 8 --ckpt out/photos_flow/ckpt.pt img.png
     python sample.py --solver rk45 --ckpt weights/photos_x4_flow.safetensors img.png
     python sample.py --generate 16 --ckpt out/ffhq_uncond_flow/ckpt.pt -o drawn/    # pictures out of nothing
+    python sample.py --model real img.jpg                       # takes blur, noise and compression away, too; --model auto: where the picture asks for it
+    python sample.py --denoise 0.5 img.jpg                      # half of that
     python sample.py --t_map mask.png img.png                   # each pixel its own t: black 0, white 1
     python sample.py --export model.onnx                        # the student as a file for other programs (export.py)
     torchrun --nproc_per_node 2 -- sample.py -r photos/         # the processes share the pictures
@@ -37,6 +39,8 @@ from console import VERSION, InputError, Parser, Progress, in_range
 from pictures import MAX_PIXELS, as_picture, losses, open_writer, read_picture, write_picture
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
+REAL = WEIGHTS.with_name("photos_real_x4.safetensors")  # the same network, for pictures that are blurred, noisy and compressed
+MODELS = ("auto", "clean", "real")
 SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45", "ancestral")  # the last is a ResShift's own
 STEPS = 8  # of a solver, unless told
 
@@ -44,7 +48,7 @@ STEPS = 8  # of a solver, unless told
 # --- the network and one picture ---
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=3)
 def _load(path, device, preset, mtime):  # mtime: a file that has changed is another file
     from data import saved_task
     from model import load_model
@@ -57,6 +61,47 @@ def load(ckpt=None, device="auto", preset=None):
     from model import pick_device
     path = Path(ckpt or WEIGHTS)
     return _load(str(path), pick_device(device), preset, path.stat().st_mtime if path.is_file() else None)
+
+
+@functools.lru_cache(maxsize=2)
+def _blend(denoise, device, *mtimes):
+    from dial import blend
+    return blend(load(WEIGHTS, device), load(REAL, device), denoise)
+
+
+def shipped(denoise, device="auto"):
+    """The shipped student for a place of the second dial, as `load` gives it: 0 takes no blur, noise and compression away, 1 all it can. Raises InputError."""
+    if denoise == 0:
+        return load(WEIGHTS, device)
+    if not REAL.is_file():
+        raise InputError(f"no weights at {REAL}, which take blur, noise and compression away: without them there is --model clean alone")
+    return _blend(denoise, device, *(path.stat().st_mtime if path.is_file() else None for path in (WEIGHTS, REAL)))
+
+
+def pick_denoise(picture, model=None, denoise=None):
+    """Where the second dial stands for a Picture: (denoise, why in words). `auto`, the default, asks the picture; without one, or without REAL, it means clean."""
+    if denoise is not None:
+        return denoise, f"denoise {denoise:g}"
+    if model in ("clean", "real"):
+        return float(model == "real"), model
+    if picture is None or not REAL.is_file():
+        return 0.0, f"clean, as there is no {REAL.name}" if model else ""
+    from damage import judge
+    denoise, why = judge(picture)
+    return denoise, f"{'real' if denoise == 1 else 'clean' if denoise == 0 else f'denoise {denoise:g}'}: {why}"
+
+
+def weights_note(denoise):
+    """What a note says of the shipped student at a place of the second dial."""
+    names = [path.name for path, used in ((WEIGHTS, denoise < 1), (REAL, denoise > 0)) if used]
+    return dict(weights="+".join(names), **(dict(denoise=denoise) if denoise else {}))
+
+
+def network_for(picture, model, denoise, device):
+    """The shipped student for a Picture: (UNet, Task, what a note says of it, why in words)."""
+    denoise, why = pick_denoise(picture, model, denoise)
+    net, _, task = shipped(denoise, device)
+    return net, task, weights_note(denoise), why
 
 
 def choose(stage, task, t, solver, steps):
@@ -112,13 +157,15 @@ def enlarge(net, task, picture, t, seed, size=None, tile="auto", dtype=None, pro
 
 
 def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile="auto", solver=None, steps=None, outscale=None,
-            t_map=None, consistent=False, progress=None, **how):
+            t_map=None, consistent=False, progress=None, model=None, denoise=None, **how):
     """A picture, larger by the scale the network was trained for (4 for the shipped one), or by outscale.
 
     image: the path of a picture file, a PIL picture of any mode, or an array (H, W), (H, W, C) of uint8 or uint16, C = 1
     (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGB and alpha). t in [0, 1] (default 0.5): 0 the most faithful, 1 the most
     realistic; solver and steps for a stage-1 flow (whose t is 1 by default). t_map: in place of t, a path or a gray picture laid
-    over the whole, each pixel's own t; consistent: a result that H takes to image again. progress(share) is called with each tile's share
+    over the whole, each pixel's own t; consistent: a result that H takes to image again. Of the shipped networks model takes
+    "clean", "real" (which takes blur, noise and compression away) or "auto" (the default: by the picture), or denoise in [0, 1] all
+    between the first two. progress(share) is called with each tile's share
     of the work. `how` goes to `tiles.restore_rows` (rtol, atol, tile_pad). Returns a PIL picture for a PIL picture, else an
     array like the input's, or (H, W, C) for a file; a list of these for a list of pictures. Raises InputError.
     """
@@ -129,13 +176,14 @@ def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile=
     from model import pick_device, pick_dtype
     if isinstance(image, (list, tuple)):  # each as if it were alone: the same noise, whatever its place
         share_of_all = progress and (lambda share: progress(share / len(image)))
-        return [upscale(one, t, seed, ckpt, device, dtype, tile, solver, steps, outscale, t_map, consistent, share_of_all, **how) for one in image]
-    net, stage, task = load(ckpt, device)
+        return [upscale(one, t, seed, ckpt, device, dtype, tile, solver, steps, outscale, t_map, consistent, share_of_all, model, denoise, **how) for one in image]
+    check_network(ckpt, None, model, denoise, consistent)
+    picture = as_picture(image)
+    net, stage, task = load(ckpt, device) if ckpt else shipped(pick_denoise(picture, "clean" if consistent else model, denoise)[0], device)
     task = task or TASKS["photos"]
     if t is not None and not 0 <= t <= 1:
         raise InputError(f"t goes from 0 (fidelity) to 1 (realism), not {t}")
     ts, solver = choose(stage, task, None if t is None else [t], solver, steps)
-    picture = as_picture(image)
     height, width = picture.pixels.shape[:2]
     size = outscale and (max(1, round(height * outscale)), max(1, round(width * outscale)))
     if consistent and (task.sigma_n or outscale):
@@ -179,7 +227,10 @@ def parse_args(argv):
     g.add_argument("--height", type=in_range(int, 1), help="of the result in pixels; the width follows; with --width: as large as fits into both")
     g = p.add_argument_group("network", "python sample.py img.png --ckpt out/photos_flow/ckpt.pt --solver midpoint --steps 8")
     g.add_argument("--ckpt", help="weights: a ckpt.pt, a .safetensors or a published file (default: the shipped student)")
-    g.add_argument("--preset", "--model", help="network preset, for a published file, which does not say")
+    g.add_argument("--model", metavar="{auto,clean,real}", help="which shipped network: clean, for pictures that are small and nothing else; real, which takes blur, noise "
+                   "and compression away; auto: by the picture, and says why (default). Any other name is that of --preset")
+    g.add_argument("--denoise", type=in_range(float, 0, 1), help="the second dial, in place of --model: how much blur, noise and compression is taken away, 0 (clean) to 1 (real)")
+    g.add_argument("--preset", help="network preset, for a published file, which does not say")
     g.add_argument("--dataset", help="task, for a file that does not say (default: photos)")
     g.add_argument("--generate", type=in_range(int, 1), metavar="N", help="draw N pictures with an unconditional flow, restore none; and a grid of the first 64")
     g.add_argument("--export", metavar="FILE", help="write the student as one ONNX file, with --t and --seed as its defaults, and restore nothing")
@@ -195,6 +246,8 @@ def parse_args(argv):
     g.add_argument("--tile_pad", type=in_range(int, 1), default=32, help="half the width over which tiles blend (default: 32)")
     args = p.parse_args(argv)
     args.inputs += args.input
+    if args.model not in (None, *MODELS):
+        args.preset, args.model = args.preset or args.model, None
     try:
         check_args(args)
     except InputError as e:
@@ -202,17 +255,34 @@ def parse_args(argv):
     return args
 
 
+def check_network(ckpt, preset, model, denoise, consistent):
+    """Raises InputError where what says which network it is does not go together."""
+    if model not in (None, *MODELS):
+        raise InputError(f"no model {model!r}: there are {', '.join(MODELS)}")
+    if denoise is not None and not 0 <= denoise <= 1:
+        raise InputError(f"denoise goes from 0 (nothing taken away) to 1, not {denoise}")
+    if model and denoise is not None:
+        raise InputError("--model and --denoise both say what is taken away: give one")
+    if consistent and (model == "real" or denoise):
+        raise InputError("--consistent would bring back the blur, noise and compression that are taken away: it is for --model clean")
+    if (ckpt or preset) and (model or denoise is not None):
+        raise InputError(f"--{'model ' + model if model else 'denoise'} is of the shipped networks: it goes without {'--ckpt' if ckpt else '--preset'}")
+
+
 def check_args(args):
     """Raises InputError where the arguments do not go together."""
+    check_network(args.ckpt, args.preset, args.model, args.denoise, args.consistent)
     if not (args.inputs or args.export or args.generate):
         raise InputError("name a picture, a folder or a pattern")
+    if args.export and args.model == "auto":
+        raise InputError("--export writes one network, which no picture has chosen: --model clean or real")
     if args.export and (args.inputs or args.t_map or args.consistent or args.t and len(args.t) > 1):
         raise InputError("--export writes a model: it takes no pictures, no --t_map, no --consistent and one --t")
     if args.t and args.t_map:
         raise InputError("--t and --t_map both say where the dial stands: give one")
     if args.consistent and (args.outscale or args.width or args.height):
         raise InputError("--consistent is for the network's own enlargement: it goes without -s, --width and --height")
-    if args.generate and (idle := [f for f in ("inputs", "t", "t_map", "consistent", "export", "strip", "outscale", "width", "height") if getattr(args, f)]):
+    if args.generate and (idle := [f for f in ("inputs", "t", "t_map", "consistent", "export", "strip", "outscale", "width", "height", "model", "denoise") if getattr(args, f)]):
         raise InputError(f"--generate draws pictures out of nothing: it goes without {'pictures' if idle[0] == 'inputs' else f'--{idle[0]}'}")
     if args.generate and is_file_name(args.output):
         raise InputError(f"--generate writes several files: -o names a folder, not {args.output}")
@@ -276,14 +346,15 @@ def restore_file(net, task, picture, job, t, tile, args, dtype, note, progress, 
     return np.concatenate(kept) if strip else None, nfe
 
 
-def restore_job(net, task, job, ts, args, dtype, note, progress, **how):
+def restore_job(network, job, ts, args, dtype, note, progress, **how):
     """All that is to be written for one picture. Raises InputError, OSError, ArithmeticError, MemoryError."""
     from tiles import out_of_memory, pick_tile, smaller_tile
     picture = read_picture(job.path, args.max_pixels, not args.no_metadata)
     for line in [*picture.notes, *{line for out in job.outs.values() for line in losses(out, picture.pixels.shape[2], picture.pixels.dtype)}]:
         progress.say(f"{job.path}: {line}", sys.stderr)
+    net, task, said, why = network(picture)
     height, width = (side * task.scale for side in picture.pixels.shape[:2])
-    tile, bigs, note = pick_tile(args.tile, net, height, width, dtype, args.tile_pad), [], {**note, **origin(job.path)}
+    tile, bigs, note = pick_tile(args.tile, net, height, width, dtype, args.tile_pad), [], {**note, **said, **origin(job.path)}
     for t in [t for t in ts if t in job.outs or STRIP in job.outs]:
         start, before = time.perf_counter(), progress.done
         while True:
@@ -299,7 +370,7 @@ def restore_job(net, task, job, ts, args, dtype, note, progress, **how):
             progress.to(before)
         bigs.append(big)
         if t in job.outs:
-            what = f"{how['solver']}, {nfe} evaluations, " if how["solver"] else ""
+            what = (f"{why}, " if why else "") + (f"{how['solver']}, {nfe} evaluations, " if how["solver"] else "")
             progress.say(f"{job.path} {job.width}x{job.height} -> {job.outs[t]} {job.size[1]}x{job.size[0]}, t {args.t_map or f'{t:g}'}, {what}{time.perf_counter() - start:.1f} s")
     if STRIP in job.outs:
         small = resized_repeating(picture.pixels, *job.size)
@@ -312,14 +383,14 @@ def resized_repeating(pixels, height, width):
     return pixels[y][:, x]
 
 
-def run(jobs, net, task, ts, args, tally, progress, **how):
+def run(jobs, network, ts, args, tally, progress, **how):
     """Restore the jobs [(number of all, how many there are, job)] one after the other, and count in tally. What one picture lacks is not the others' loss."""
     from tiles import out_of_memory
     for number, count, job in jobs:
         goal = progress.done + work(job, ts)
         progress.start(f"{number} of {count}: {job.path.name}")
         try:
-            restore_job(net, task, job, ts, args, progress=progress, **how)
+            restore_job(network, job, ts, args, progress=progress, **how)
             tally["done"] += 1
         except (InputError, OSError, ArithmeticError, MemoryError, RuntimeError) as e:  # rk45 that fails; a picture too large
             short = out_of_memory(e)
@@ -337,17 +408,18 @@ def work(job, ts):
 
 
 def prepare(args):
-    """What is asked of which network: (UNet, Task, [t], what every restoring is given, what every note says). Raises InputError."""
+    """What is asked of which network: (Picture -> network_for's answer, Task, [t], what every restoring is given, what every note says). Raises InputError."""
     from data import TASKS
     from dial import read_map
     from kernels import extension_devices
     from model import PRESETS, keep_freed_memory, pick_device, pick_dtype
     for flag, names in (("preset", PRESETS), ("dataset", TASKS)):
         if (name := getattr(args, flag)) and name not in names:
-            raise InputError(f"no --{flag} {name}: there are {', '.join(names)}")
+            raise InputError(f"no --{flag} {name}: there are {', '.join(names)}" + (f"; of --model also {', '.join(MODELS)}" if flag == "preset" else ""))
     keep_freed_memory()
     dtype = pick_dtype(args.dtype, pick_device(args.device))
-    net, stage, task = load(args.ckpt, args.device, args.preset)
+    first = args.denoise if args.denoise is not None else float(args.model == "real")  # auto asks each picture
+    net, stage, task = load(args.ckpt, args.device, args.preset) if args.ckpt else shipped(first, args.device)
     if task and args.dataset:
         raise InputError(f"this checkpoint says its task ({task.name}): --dataset is for files that do not")
     task = task or TASKS[args.dataset or "photos"]
@@ -357,8 +429,12 @@ def prepare(args):
     extension_devices()  # chosen here: what is wrong with the kernels is not a picture's fault
     how = dict(dtype=dtype, solver=solver, steps=args.steps or STEPS, rtol=args.rtol or 1e-3, atol=args.atol or 1e-3, tile_pad=args.tile_pad,
                t_map=read_map(args.t_map) if args.t_map else None, consistent=args.consistent)
-    note = dict(seed=args.seed, weights=Path(args.ckpt or WEIGHTS).name, dtype=str(dtype).removeprefix("torch."))
-    return net, task, ts, how, note
+    if args.ckpt:
+        network = lambda picture: (net, task, dict(weights=Path(args.ckpt).name), "")
+    else:
+        network = functools.partial(network_for, model="clean" if args.consistent else args.model, denoise=args.denoise, device=args.device)
+    note = dict(seed=args.seed, dtype=str(dtype).removeprefix("torch."))
+    return network, task, ts, how, note
 
 
 def generate(args):
@@ -398,9 +474,10 @@ def export_model(args):
     """Write the student as a file for other programs."""
     from export import export_onnx
     args.device = "cpu"
-    net, task, (t,), how, _ = prepare(args)
+    network, task, (t,), how, _ = prepare(args)
     if how["solver"]:
         raise InputError("--export is for a one-step student, and this is a flow: distill.py makes one of it")
+    net, *_ = network(None)
     print(export_onnx(args.export, net, task, t, args.seed))
 
 
@@ -416,7 +493,7 @@ def main(argv=None):
     import torch
     import torch.distributed as dist
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    net, task, ts, how, note = prepare(args)
+    network, task, ts, how, note = prepare(args)
     if args.suffix is None:
         sides = "".join(f"_{letter}{side}" for letter, side in (("w", args.width), ("h", args.height)) if side)
         args.suffix = sides or f"_x{args.outscale or task.scale:g}"
@@ -438,7 +515,7 @@ def main(argv=None):
     progress = Progress(total, "megapixels", rank if world > 1 else None)
     begin = time.perf_counter()
     try:
-        run(mine, net, task, ts, args, tally, note=note, progress=progress, **how)
+        run(mine, network, ts, args, tally, note=note, progress=progress, **how)
     except KeyboardInterrupt:
         progress.close()
         print(f"stopped: {tally['done']} of {len(mine)} done, what is written is whole; the same command with --skip_existing goes on", file=sys.stderr)

@@ -200,7 +200,11 @@ def load_teacher(spec, args):
         family = find_family(head)
         if not hasattr(family, "published"):
             raise InputError(f"{spec}: weights of this project's own network are named without {head}:")
-        teacher, meta = family.published(tail, args)
+        if getattr(args, "dry_run", False) and not Path(tail).is_file():
+            with torch.device("meta"):
+                teacher = family.empty(args)
+        else:
+            teacher, meta = family.published(tail, args)
     else:
         FAMILIES[spec] = spec
         teacher = build({"family": spec})

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import data
 import kernels
+import resshift
 import training
 from console import InputError, in_range
 from flow import integrate, one_step
@@ -30,6 +31,7 @@ def parse_args(argv):
     data.add_task_flags(p)
     p.add_argument("--loss", choices=("l1", "l2"), help="D of Eq. (5) (default: the task's)")
     p.add_argument("--t0_share", type=in_range(float, 0, 0.99), default=0, help="share of the pictures trained at t = 0 alone, where the most faithful picture comes from")
+    p.add_argument("--autoencoder", metavar="FILE", help="of --model resshift: train in the latents of its autoencoder, the published file (without one on pixels)")
     p.add_argument("--out_dir", help="where to write (default: out/DATASET_flow)")
     p.add_argument("--init_from", default="scratch", help="scratch, resume (out_dir/ckpt.pt, exactly), auto (resume where there is something to resume, else scratch), or a file of weights to start from")
     training.add_training_flags(p)
@@ -57,11 +59,14 @@ def start_network(args, task, train_paths, start, meta, low=None):
     if start is None:
         precond = PRESETS[task.model].get("precond")
         sigma_d = data.measure_sigma_d(train_paths, task, args.seed, low=low) if precond and train_paths else 1.0  # 1: a dry run without data
-        return network_config(task.model, task.condition, task.sigma_p, sigma_d), None
+        config = network_config(task.model, task.condition, task.sigma_p, sigma_d)
+        return resshift.new_flow(config, args.autoencoder, args.dry_run) if args.autoencoder else (config, None)
     if meta["stage"] == "distill":
         raise InputError(f"{args.init_from} is a distilled student: stage 1 starts from scratch or from a flow")
     if (name := preset_name(start)) != task.model:
         raise InputError(f"{args.init_from} holds the network {name!r}, not {task.model!r}: say --model {name}" if name else f"{args.init_from} does not hold the network {task.model!r}")
+    if start.config.get("condition", True) != task.condition:
+        raise InputError(f"{args.init_from} {'does not see' if task.condition else 'sees'} x_lr: {'--no_condition' if task.condition else '--condition'} trains such a network")
     if start.precond and start.precond["sigma_p"] != task.sigma_p:
         raise InputError(f"{args.init_from} was trained with --sigma_p {start.precond['sigma_p']}, not {task.sigma_p}: give the same")
     return start.config, start.state_dict()
@@ -70,6 +75,8 @@ def start_network(args, task, train_paths, start, meta, low=None):
 def main(argv=None):
     args = parse_args(argv)
     task = data.resolve_task(args)
+    if args.autoencoder and not (task.model.startswith("resshift") and args.init_from in ("scratch", "auto", "resume")):
+        raise InputError("--autoencoder is of a new flow of --model resshift: a file of --init_from has its own")
 
     # --- processes and device ---
     out_dir = args.out_dir or f"out/{task.name}_flow"
@@ -137,9 +144,9 @@ def main(argv=None):
             training.before_update(run, state)
             for micro in range(args.gradient_accumulation_steps):
                 x_1, x_lr, n, seeds, t = training.next_batch(run, batches)
-                x_in, target, t = make_pair(x_1, x_lr, seeds, t, task, args, model.to_latents)
                 training.exchange_gradients(net, micro == args.gradient_accumulation_steps - 1)
                 with run.autocast():
+                    x_in, target, t = make_pair(x_1, x_lr, seeds, t, task, args, model.to_latents)
                     losses = flow_loss(net, x_in, target, t, task.loss)
                     loss = losses.mean()
                     (loss / args.gradient_accumulation_steps).backward()

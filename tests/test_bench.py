@@ -71,6 +71,20 @@ def test_other_runtimes(weights, capsys, monkeypatch):
         bench.main(["infer", "--size", "32", "--ckpt", str(weights / "distill.safetensors")])
 
 
+def test_the_degradation_beside_opencv(capsys, monkeypatch):
+    pytest.importorskip("cv2")
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    bench.main(["degradation", "--device", "cpu", "--size", "64"])
+    said = capsys.readouterr().out
+    assert "the results match" in said and "64 x 64 to 16, strength 1, one CPU thread" in said
+    lines = {line[:40].strip(): line[40:].split() for line in said.splitlines()}
+    assert lines["ours"] == lines["OpenCV, NumPy and a codec, one core"] == ["64000", "64000", "64000"] and said.endswith("\n1.00x\n")  # 64 pictures in a clock of 1 ms
+    right = bench.real
+    monkeypatch.setattr(bench, "real", lambda x, *args: right(x.flip(0), *args))
+    with pytest.raises(SystemExit, match="the results do not match"):
+        bench.main(["degradation", "--device", "cpu", "--size", "64"])
+
+
 # --- the page about a card ---
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 import curves
 import data
 from console import InputError
-from model import UNet, network_config, save_release
+from model import UNet, load_model, network_config, save_release
 from test_metrics import smooth
 
 
@@ -82,6 +82,24 @@ def test_straightness_of_flows_alone(files, monkeypatch, capsys):
     assert sigma_p == 0.1 and 0 < path < 1 and gap > 0 and "sigma_p 0.1  S " in out
     with pytest.raises(InputError, match="stage-1 flows alone"):
         run(files, monkeypatch, capsys, "straightness")
+
+
+def test_the_second_dial_over_the_strength_of_damage(files, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    task = data.Task("photos_real", degradation="real", strength=-1.0, eight_bit=True, sigma_p=0.1, crop="random", image_size=32, model="tiny")
+    net, _ = load_model(files / "student.safetensors")
+    with torch.no_grad():
+        net.out["2"].bias += 0.2  # a network that brightens
+    save_release(files / "real.safetensors", net, dict(stage="distill", task=asdict(task), step=1))
+    flags = ["--denoise", "0,0.5,1", "--strengths", "0,1", "--plot", str(files / "denoise.svg")]
+    found, out = run(files, monkeypatch, capsys, "denoise", *flags, ckpt=("student", "real"))
+    assert list(found) == ["denoise 0", "denoise 0.5", "denoise 1"] and all(strengths == [0, 1] for strengths, _, _ in found.values())
+    for i in range(2):
+        assert found["denoise 0"][1][i] > found["denoise 0.5"][1][i] > found["denoise 1"][1][i]  # PSNR falls as the brightness leaves the truth
+        assert found["denoise 0"][2][i] < found["denoise 1"][2][i]
+    assert found["denoise 0"][1][0] > found["denoise 0"][1][1] and "denoise 0.5  strength 1.00  PSNR " in out and (files / "denoise.svg").stat().st_size > 5000
+    with pytest.raises(InputError, match="between two students, or two flows"):
+        run(files, monkeypatch, capsys, "denoise")
 
 
 def test_diversity_between_seeds(files, monkeypatch, capsys):

@@ -1,15 +1,18 @@
-"""Fuzzing, a bounded run: files with bytes changed, flags drawn at random. `python tests/test_fuzz.py SECONDS` is the long one."""
+"""Fuzzing, a bounded run: files with bytes changed, flags drawn at random. `python tests/test_fuzz.py COUNT [SEED]` is the long one."""
 import random
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train_flow
 from checkpoints import save_checkpoint
 from console import InputError
 from model import load_model, save_release
+from pictures import read_image
 from test_model import tiny
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -42,13 +45,11 @@ def originals(folder):
     return [(name, (folder / name).read_bytes()) for name in ("a.safetensors", "a.pt")]
 
 
-def fuzz(folder, count, seed, until=None):
-    """Load `count` mutated files, or until that time: (how many were refused in one line, how many loaded and were the original's weights)."""
+def fuzz(folder, count, seed):
+    """Load `count` mutated files of weights: (how many were refused in one line, how many loaded and were the original's weights)."""
     rng, refused, same, files = random.Random(seed), 0, 0, originals(folder)
     weights = [[p.clone() for p in load_model(folder / name)[0].parameters()] for name, _ in files]
     for i in range(count):
-        if until and time.time() > until:
-            break
         which = i % len(files)
         name, raw = files[which]
         (folder / name).write_bytes(mutate(raw, rng))
@@ -66,6 +67,38 @@ def fuzz(folder, count, seed, until=None):
 def test_mutated_weights_are_refused_in_one_line_or_are_the_same(tmp_path):
     refused, same = fuzz(tmp_path, 120, 0)
     assert refused + same == 120 and refused > 100
+
+
+def original_pictures(folder):
+    """The pictures that are mutated: (name, bytes), in every mode that has a reading of its own."""
+    rng, found = np.random.default_rng(0), []
+    gray, wide = rng.integers(0, 256, (24, 40), dtype=np.uint8), rng.integers(0, 65536, (24, 40), dtype=np.uint16)
+    rgb, rgba = (rng.integers(0, 256, (24, 40, c), dtype=np.uint8) for c in (3, 4))
+    for name, pixels in (("a.png", rgb), ("b.png", rgba), ("c.png", wide), ("d.jpg", rgb), ("e.jpg", gray), ("f.webp", rgb), ("g.tif", rgb), ("h.tif", wide), ("i.bmp", rgb)):
+        Image.fromarray(pixels).save(folder / name)
+        found.append((name, (folder / name).read_bytes()))
+    return found
+
+
+def fuzz_pictures(folder, count, seed):
+    """Read `count` mutated pictures: (how many were refused in one line, how many were read)."""
+    rng, refused, files = random.Random(seed), 0, original_pictures(folder)
+    for i in range(count):
+        name, raw = files[i % len(files)]
+        (folder / name).write_bytes(mutate(raw, rng))
+        try:
+            image = read_image(folder / name)
+        except InputError as e:
+            assert name in str(e) and "\n" not in str(e)
+            refused += 1
+        else:
+            assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.size, f"{name}, mutation {i} of seed {seed}: {image.shape}"
+    return refused, count - refused
+
+
+def test_mutated_pictures_are_refused_in_one_line_or_are_pictures(tmp_path):
+    refused, read = fuzz_pictures(tmp_path, 450, 0)
+    assert refused > 100 and read > 50  # both happen
 
 
 NUMBERS = st.one_of(st.integers(-3, 70), st.floats(-2, 300), st.sampled_from(("nan", "inf", "-1", "1e999", "", "x", "0x10", "١")))
@@ -87,6 +120,7 @@ def test_any_flags_run_or_are_refused_in_one_line(flags):
 if __name__ == "__main__":
     import tempfile
     from pathlib import Path
-    seed = int(time.time())
+    count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
     with tempfile.TemporaryDirectory() as folder:
-        print("seed", seed, "refused, same:", fuzz(Path(folder), 10**9, seed, until=time.time() + float(sys.argv[1])))
+        print("seed", seed, "pictures refused, read:", fuzz_pictures(Path(folder), count, seed))
+        print("weights refused, the same:", fuzz(Path(folder), count, seed))

@@ -2,6 +2,7 @@
 import importlib.util
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -292,12 +293,19 @@ def test_vgg16_features_are_torchvision_s(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("pyiqa") is None, reason="needs pyiqa")
 def test_pyiqa_without_weights_is_left_out_with_the_file_and_its_place(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    m = metrics.pick_metrics(["psnr_rgb", "musiq", "dists"], 4, "cpu")
+    m = metrics.pick_metrics(["psnr_rgb", "musiq", "dists", "maniqa", "clipiqa"], 4, "cpu")
     said = capsys.readouterr().err.splitlines()
-    there = {name for name in ("musiq", "dists") if name in m.pictures}
-    assert len(said) == 2 - len(there) and m.names()[0] == "psnr_rgb"
+    there = {name for name in ("musiq", "dists", "maniqa", "clipiqa") if name in m.pictures}
+    assert len(said) == 4 - len(there) and m.names()[0] == "psnr_rgb"
     for line in said:
-        assert " is left out: no " in line and ".pth in " in line
+        assert re.search(r" is left out: no \S+\.(pth|bin|pt|safetensors) (of \S+ )?in /", line) or "pip install 'setuptools<81'" in line, line
+    import pyiqa
+
+    def unimportable(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'pkg_resources'", name="pkg_resources")
+    monkeypatch.setattr(pyiqa, "create_metric", unimportable)
+    assert metrics.pick_metrics(["liqe"], 4, "cpu").names() == []
+    assert capsys.readouterr().err == "liqe is left out: pyiqa wants the module pkg_resources, which is not here: pip install 'setuptools<81'\n"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pyiqa") is None, reason="needs pyiqa")

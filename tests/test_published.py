@@ -62,6 +62,21 @@ def test_an_unconditional_network_becomes_one_that_does_not_look_at_x_lr_yet(pre
     assert meta["stage"] is None and net.config["condition"]
 
 
+def test_a_published_flow_without_x_lr_draws_pictures(preset, tmp_path, capsys):
+    """Appendix F's: a list of averages whose first convolution has three inputs. It draws; restoring, or starting a flow that sees x_lr, is refused."""
+    import sample
+    import train_flow
+    net = UNet(**{**CONFIG, "condition": False})
+    torch.save(dict(ema=averages(net), step=5), tmp_path / "uncond.pth")
+    loaded, _ = load_model(tmp_path / "uncond.pth", model="small")
+    assert not loaded.config["condition"] and same(loaded, net)
+    flags = ["--ckpt", str(tmp_path / "uncond.pth"), "--preset", "small", "--dataset", "ffhq_uncond"]
+    assert sample.main(["--generate", "1", *flags, "--solver", "euler", "--steps", "1", "-o", str(tmp_path / "drawn")]) == 0
+    assert "1 pictures drawn" in capsys.readouterr().out
+    with pytest.raises(InputError, match="does not see x_lr"):
+        train_flow.main(["--dataset", "photos", "--model", "small", "--init_from", str(tmp_path / "uncond.pth"), "--image_size", "16", "--out_dir", str(tmp_path / "out")])
+
+
 def test_outputs_not_in_use_go(preset, tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "three", {**CONFIG, "out_channels": 3})
     torch.save(unconditional(preset), tmp_path / "uncond.pt")

@@ -1,7 +1,9 @@
 """REPRODUCE.md's commands: each is parsed, and what it resolves to is held against the paper's settings."""
+import os
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,9 +39,12 @@ PAPER = {
     "ffhq_x8": ((0.1, 0, "bicubic", 8, 256, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
     "ffhq512_x4": ((0.1, 0, "bicubic", 4, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
     "ffhq512_x8": ((0.1, 0, "bicubic", 8, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
-    "realsr": ((0.2, 0, "real", 4, 256, "center", "l1", 0.5, 0.06), (32, 100_000, 1e-4), (32, 20_000, 1e-4)),  # ours: the paper's real flow has another network
+    "realsr": ((0.2, 0, "real", 4, 256, "center", "l1", 0.5, 0.06), (32, 100_000, 1e-4), (32, 20_000, 1e-4)),  # sigma_p and these are ours: the paper does not say
+    "imagenet --teacher": ((0.2, 0, "bicubic", 4, 256, "center", "l1", 0.5, 0.06), None, (32, 5_000, 1e-4)),  # Table 9, from ResShift
     "ffhq_uncond": ((1.0, 0, "bicubic", 4, 256, "center", "l2", 0, 0), (32, 100_000, 1e-4), None),
+    "ffhq_uncond --loss": ((1.0, 0, "bicubic", 4, 256, "center", "l1", 0, 0), (32, 100_000, 1e-4), None),
 }
+NETWORKS = {"imagenet": "imagenet", "ffhq512_x4": "ffhq512", "ffhq512_x8": "ffhq512", "realsr": "resshift"}  # of stage 1, the others': ffhq
 DISTILLATION = {"solver": "midpoint", "dt": 0.05, "lambda_align": 0.01, "lambda_bc": 0.1, "t_min": 0.01, "t_max": 0.99}
 
 
@@ -58,11 +63,14 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module, flags, world = words(command)
     args = module.parse_args(flags)
+    if module is evaluate:
+        evaluate.check_flags(args)
     if module not in (train_flow, distill):
         return
     task, stage = data.resolve_task(args), "flow" if module is train_flow else "distill"
-    expected, *stages = PAPER[args.dataset]
+    expected, *stages = next(PAPER[key] for key in sorted(PAPER, reverse=True) if key.split()[0] == args.dataset and set(key.split()[1:]) <= set(flags))
     assert (task.sigma_p, task.sigma_n, task.degradation, task.scale, task.image_size, task.crop, task.loss, task.hflip, task.vflip) == expected
+    assert module is distill or task.model == NETWORKS.get(args.dataset, "ffhq")
     training.fill_in(args, data.RECIPES[task.name][stage], world)
     assert (args.batch_size * world, args.max_iters, args.learning_rate) == stages[stage == "distill"]
     assert (args.warmup_iters, args.ema, args.optimizer, args.lr_decay) == (1000, 0.9999, "adam", "none")
@@ -165,6 +173,53 @@ def test_the_speedrun_is_a_script_whose_stages_parse():
     assert made[0].max_iters == 2600 and made[1].teacher == made[2].teacher == "$out/flow/weights.safetensors" and made[2].objective == "perceptual"
     without = subprocess.run(["sh", str(ROOT / "speedrun.sh")], capture_output=True, text=True)
     assert without.returncode != 0 and "name a folder of photographs" in without.stderr
+
+
+def test_the_weights_are_made_by_one_script(tmp_path):
+    """Six trainings that parse, each from what those before it left; given again, only what is not finished."""
+    for name in ("torchrun", "python"):  # in place of the trainings: writes its arguments down, and a file of weights
+        stub = tmp_path / "bin" / name
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(f'#!/bin/sh\n(echo {name}; for a in "$@"; do echo "$a"; done) | tr "\\n" "\\t" >> "$CALLS"; echo >> "$CALLS"\n'
+                        'while [ $# -gt 0 ]; do [ "$1" = --out_dir ] && mkdir -p "$2" && touch "$2/weights.safetensors"; shift; done; exit 0\n')
+        stub.chmod(0o755)
+    out, calls = tmp_path / "out", tmp_path / "calls"
+    env = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls), "SHARE": "0.01"}
+    run = lambda *args: subprocess.run(["sh", str(ROOT / "weights" / "make.sh"), *args], capture_output=True, text=True, env=env)
+    assert "name a folder of photographs" in run().stderr
+    assert run("DIR", str(out)).returncode == 0
+    lines = [line.split("\t")[:-1] for line in calls.read_text().splitlines()]
+    made = [SCRIPTS[line[3]].parse_args(line[4:]) for line in lines if line[0] == "torchrun"]
+    assert [m.dataset for m in made] == ["photos", "photos_real", "photos", "photos", "photos_real", "photos_real"]
+    assert [m.max_iters for m in made] == [320, 160, 20, 20, 20, 20]
+    assert made[1].init_from == f"{out}/clean_flow/weights.safetensors" and made[5].init_from == f"{out}/real_distill/weights.safetensors" and made[5].objective == "perceptual"
+    assert all((out / f"{name}.safetensors").exists() for name in ("photos_x4", "photos_x4_flow", "photos_real_x4", "photos_real_x4_flow"))
+    assert [SCRIPTS[line[1]].parse_args(line[2:]).ckpt for line in lines if line[0] == "python"] == [[f"{out}/photos_x4.safetensors"], [f"{out}/photos_real_x4.safetensors"]]
+    (out / "real_flow" / "weights.safetensors").unlink()
+    (out / "real_flow" / "ckpt.pt").touch()
+    calls.unlink()
+    assert run("DIR", str(out)).returncode == 0
+    again = [line.split("\t") for line in calls.read_text().splitlines() if line.startswith("torchrun")]
+    assert len(again) == 1 and again[0][again[0].index("--init_from") + 1] == "resume"
+
+
+def test_the_photographs_are_credited_from_their_manifest(tmp_path):
+    """Training pictures alone, counted by licence; who is to be named stands by name with each picture; a row without licence, or no manifest, ends in a line."""
+    manifest = tmp_path / "manifest.tsv"
+    rows = [("split", "file", "source", "path", "licence", "author", "link"), ("train", "a.jpg", "one@1", "a b.jpg", "CC-BY-4.0", "Ann", "https://x.org/a"),
+            ("train", "b.jpg", "one@1", "c.jpg", "CC-BY-4.0", "", ""), ("train", "c.jpg", "two@2", "d.jpg", "CC0-1.0", "Ben", ""), ("val", "d.jpg", "three@3", "e.jpg", "CC-BY-4.0", "Cid", "")]
+    write = lambda rows: manifest.write_text("\n".join("\t".join(row) for row in rows) + "\n", encoding="utf-8")
+    run = lambda: subprocess.run([sys.executable, str(ROOT / "weights" / "credits.py"), str(manifest)], capture_output=True, text=True)
+    write(rows)
+    text = run().stdout
+    assert text.startswith("# The photographs behind the weights\n\n3 squares") and "| CC-BY-4.0 | one@1 | 2 |" in text and "| CC0-1.0 | two@2 | 1 |" in text
+    assert "- Ann: [a b.jpg](https://x.org/a)" in text and "- its authors: c.jpg" in text and "Ben" in text and "Cid" not in text
+    for wrong, words in ((rows + [("train", "e.jpg", "four@4", "f.jpg", "", "", "")], "no licence for f.jpg"), ([("name", "size"), ("a", "b")], "no column split")):
+        write(wrong)
+        said = run()
+        assert said.returncode == 1 and words in said.stderr and said.stderr.count("\n") == 1 and not said.stdout
+    shipped = (ROOT / "weights" / "CREDITS.md").read_text(encoding="utf-8")
+    assert shipped.count("| github.com/") == 28 and sum(int(n) for n in re.findall(r"\| (\d+) \|$", shipped, re.M)) == int(re.search(r"^(\d+) squares", shipped, re.M)[1])
 
 
 def test_the_claims_are_read_off_the_numbers(capsys):

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
@@ -418,3 +419,12 @@ def test_validation_during_training_scores_what_predict_makes():
     assert scores["psnr_gray"] == pytest.approx(psnr_rgb(torch.full_like(x_1, 128), x_1).mean().item())
     assert "lpips_same" not in scores and torch.equal(given[1][0][0], x_lr[1]) and given[1][1] == [1]
     assert grid.shape == (4 * 32, 4 * 32, 3) and np.array_equal(grid[32:64, 96:], x_1[1].permute(1, 2, 0).numpy())
+
+
+def test_a_port_in_use_is_one_line(photos, tmp_path, monkeypatch):  # noqa: F811
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for name, value in dict(RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=taken.getsockname()[1]).items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(InputError, match="process 0 of 2 cannot join the others: .*(in use|EADDRINUSE)") as e:
+            run(train_flow, photos, tmp_path)
+    assert "\n" not in str(e.value)

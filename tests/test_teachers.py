@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+import distill
 import kernels
 import model
 import resshift
 import teachers
 import tiles
+import train_flow
 from console import InputError
 from distill import distillation_losses
 from flow import integrate, mean_slope, one_step
-from model import build, load_model, save_release
+from model import build, load_model, network_config, save_release
 from resshift import ResShift, SwinUNet, VQAutoencoder
 from teachers import Teacher, linear_path, to_linear, to_velocity
 
@@ -271,6 +273,43 @@ def test_a_published_resshift_its_student_and_its_file(published):
     assert torch.allclose(again(x_in, torch.ones(2)), student(x_in, torch.ones(2)), atol=0.1)  # bfloat16
     x_1, _ = tiles.restore(again, x_lr, 0.1, seeds, 1.0, tile=32, tile_pad=8)
     assert x_1.shape == x_lr.shape and x_1.isfinite().all()
+
+
+def test_a_flow_in_the_latents_of_a_published_autoencoder(published, monkeypatch, capsys):
+    """The paper's ResShift*, small: train_flow.py --autoencoder, which is not trained; a restart; the student and what restores with it; no files in a dry run."""
+    from PIL import Image
+    folder, _ = published
+    monkeypatch.setitem(model.PRESETS["resshift_small"], "net", TINY)
+    monkeypatch.chdir(folder)
+    Path("photos").mkdir()
+    for i in range(3):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(f"photos/{i}.png")
+    flags = ["--dataset", "photos", "--data_dir", "photos", "--image_size", "32", "--batch_size", "1", "--eval_pictures", "1", "--eval_steps", "1", "--warmup_iters", "1", "--device", "cpu"]
+    flow = [*flags, "--model", "resshift_small", "--autoencoder", "vq.pth", "--learning_rate", "0.01"]
+    train_flow.main([*flow, "--max_iters", "1"])
+    train_flow.main([*flow, "--max_iters", "2", "--init_from", "resume"])
+    net, meta = load_model("out/photos_flow/ckpt.pt")
+    vq = torch.load("vq.pth")
+    assert meta["stage"] == "flow" and net.factor == 2 and all(torch.equal(p, vq[n]) for n, p in net.autoencoder.state_dict().items())
+    z = net.to_latents(torch.rand(1, 3, 32, 32))
+    assert z.shape == (1, 3, 16, 16) and net.start(z, 0.1, torch.arange(1)).shape == (1, 6, 16, 16)
+    torch.manual_seed(1337)
+    drawn = resshift.new_flow(network_config("resshift_small", sigma_p=0.1), "vq.pth")[1]
+    moved = [n for n, p in net.state_dict().items() if not torch.equal(p, drawn[n])]
+    assert moved and all(n.startswith("net.") for n in moved)
+    distill.main([*flags, "--max_iters", "1"])
+    student, meta = load_model("out/photos_distill/weights.safetensors")
+    x, nfe = tiles.restore(student, torch.rand(1, 3, 44, 28) * 2 - 1, 0.1, torch.arange(1), 0.5)
+    assert student.one_step and nfe == 1 and x.shape == (1, 3, 44, 28)
+    capsys.readouterr()
+    monkeypatch.setattr(resshift, "VQ_F4", dict(TINY_VQ, mults=(1, 2, 2)))
+    train_flow.main([*flow, "--autoencoder", "none.pth", "--out_dir", "out/dry", "--dry_run"])
+    distill.main([*flags, "--teacher", "resshift:none.pth", "--autoencoder", "none.pth", "--out_dir", "out/dry", "--dry_run"])
+    assert capsys.readouterr().out.count("parameters") == 2 and not Path("out/dry").exists()
+    for wrong, words in ((["--autoencoder", "none.pth"], "no weights at none.pth"), (["--autoencoder", "net.pth"], "does not hold ResShift's autoencoder"),
+                         (["--model", "plain"], "is of a new flow of --model resshift"), (["--init_from", "out/photos_flow/ckpt.pt"], "has its own")):
+        with pytest.raises(InputError, match=words):
+            train_flow.main([*flow, *wrong, "--out_dir", "out/other"])
 
 
 def test_padding_is_seen_by_nobody():

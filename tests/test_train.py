@@ -211,14 +211,15 @@ def torchrun(processes, script, *flags):
                           capture_output=True, text=True, timeout=300)
 
 
-def test_two_processes_train_as_one(photos, tmp_path):
-    """torchrun with two: the same pictures, noise and times as one process with twice the batch, so the same gradient and loss."""
-    done = torchrun(2, "train_flow.py", *SMALL, *ONE_STEP, "--data_dir", photos, "--out_dir", tmp_path / "two")
+@pytest.mark.parametrize("processes", (2, 4))
+def test_several_processes_train_as_one(photos, tmp_path, processes):
+    """torchrun: the same pictures, noise and times as one process with the whole batch, so the same gradient and loss."""
+    done = torchrun(processes, "train_flow.py", *SMALL, *ONE_STEP, "--data_dir", photos, "--out_dir", tmp_path / "many")
     assert done.returncode == 0, done.stderr
-    two = gradient(load_checkpoint(tmp_path / "two" / "ckpt.pt"))
-    one = gradient(run(train_flow, photos, tmp_path / "one", *ONE_STEP, "--batch_size", 4))
-    assert (one - two).norm() < 1e-4 * one.norm()
-    losses = [log_of(tmp_path / d)[0]["loss"] for d in ("one", "two")]
+    many = gradient(load_checkpoint(tmp_path / "many" / "ckpt.pt"))
+    one = gradient(run(train_flow, photos, tmp_path / "one", *ONE_STEP, "--batch_size", 2 * processes))
+    assert (one - many).norm() < 1e-4 * one.norm()
+    losses = [log_of(tmp_path / d)[0]["loss"] for d in ("one", "many")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
