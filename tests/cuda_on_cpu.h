@@ -7,6 +7,7 @@
 // its beginning and at its end, for tensors that are larger than the memory.
 #pragma once
 #include <setjmp.h>
+#include <stdlib.h>
 #include <ucontext.h>
 
 #include <algorithm>
