@@ -6,6 +6,7 @@
     python sample.py --solver midpoint --steps 8 --ckpt out/photos_flow/ckpt.pt img.png
     python sample.py --solver rk45 --ckpt weights/photos_x4_flow.safetensors img.png
     python sample.py --generate 16 --ckpt out/ffhq_uncond_flow/ckpt.pt -o drawn/    # pictures out of nothing
+    python sample.py --prior out/ffhq_uncond_flow/ckpt.pt --method ddnm img.png     # with such a flow (priors.py)
     python sample.py --model real img.jpg                       # takes blur, noise and compression away, too; --model auto: where the picture asks for it
     python sample.py --denoise 0.5 img.jpg                      # half of that
     python sample.py --t_map mask.png img.png                   # each pixel its own t: black 0, white 1
@@ -43,6 +44,7 @@ REAL = WEIGHTS.with_name("photos_real_x4.safetensors")  # the same network, for 
 MODELS = ("auto", "clean", "real")
 SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45", "ancestral")  # the last is a ResShift's own
 STEPS = 8  # of a solver, unless told
+METHODS = {"ddnm": 100, "ddrm": 20, "dps": 1000, "diffpir": 100}  # that restore with an unconditional flow (priors.py), and their evaluations, unless told: the paper's
 
 
 # --- the network and one picture ---
@@ -117,6 +119,23 @@ def choose(stage, task, t, solver, steps):
     return (t or [1.0], solver or "midpoint") if stage == "flow" or solver else (t or [0.5], None)
 
 
+def check_unconditional(net, stage, task, flag):
+    """Raises InputError unless a checkpoint is a flow that draws pictures out of noise alone."""
+    if getattr(net, "condition", True) or task and task.sigma_p != 1 or stage == "distill":
+        raise InputError(f"{flag} takes an unconditional stage-1 flow from pure noise (train_flow.py --dataset ffhq_uncond makes one): this checkpoint is none")
+
+
+def load_prior(args):
+    """The unconditional flow of --prior, and what was measured: its own task's H, scale and noise, or those of --dataset: (UNet, Task). Raises InputError."""
+    from data import TASKS
+    net, stage, task = load(args.prior, args.device, args.preset)
+    check_unconditional(net, stage, task, "--prior")
+    task = TASKS[args.dataset] if args.dataset else task or TASKS["ffhq_uncond"]
+    if task.degradation == "real":
+        raise InputError(f"--dataset {task.name}: its H is not linear, and --method {args.method} restores what bicubic or avgpool reduced")
+    return net, task
+
+
 def enlarge(net, task, picture, t, seed, size=None, tile="auto", dtype=None, progress=None, consistent=False, **how):
     """A Picture restored at t, from the top down: yields (rows (n, width, C) of its own dtype and channels, evaluations so far).
 
@@ -145,7 +164,18 @@ def enlarge(net, task, picture, t, seed, size=None, tile="auto", dtype=None, pro
         whole = torch.from_numpy(np.concatenate(list(planes()), axis=1))
         yield dial.consistent(whole[None], torch.from_numpy(to_planes(colour))[None], task.degradation, task.scale)[0].numpy()
 
-    bands = projected() if consistent else planes()
+    def from_prior():
+        nonlocal nfe
+        import torch
+
+        import priors
+        y = torch.from_numpy(to_planes(colour))[None]
+        x_1, nfe = priors.restore(net, task, y, seed, how["solver"], how["steps"], dtype, progress)
+        if not x_1.isfinite().all():
+            raise InputError("the prior gave a value that is not finite")
+        yield x_1[0].cpu().numpy()
+
+    bands = from_prior() if how.get("solver") in METHODS else projected() if consistent else planes()
     step = max(1, BAND // size[1])  # rows at a time: what follows makes several copies
     for band in bands if size == own else resampled(bands, *own, *size):
         for y in range(0, band.shape[1], step):
@@ -233,6 +263,8 @@ def parse_args(argv):
     g.add_argument("--preset", help="network preset, for a published file, which does not say")
     g.add_argument("--dataset", help="task, for a file that does not say (default: photos)")
     g.add_argument("--generate", type=in_range(int, 1), metavar="N", help="draw N pictures with an unconditional flow, restore none; and a grid of the first 64")
+    g.add_argument("--prior", metavar="FILE", help="restore with an unconditional flow, by --method; --dataset says whose H and noise it was (default: its own task's, bicubic)")
+    g.add_argument("--method", choices=METHODS, help="how, of 1 picture in one piece (evaluations: " + ", ".join(f"{name} {n}" for name, n in METHODS.items()) + "; --steps says others)")
     g.add_argument("--export", metavar="FILE", help="write the student as one ONNX file, with --t and --seed as its defaults, and restore nothing")
     g.add_argument("--solver", choices=SOLVERS, help="integrate a stage-1 flow instead (default for a stage-1 checkpoint: midpoint)")
     g.add_argument("--steps", type=in_range(int, 1), help=f"steps of the solver (default: {STEPS})")
@@ -274,6 +306,12 @@ def check_args(args):
     check_network(args.ckpt, args.preset, args.model, args.denoise, args.consistent)
     if not (args.inputs or args.export or args.generate):
         raise InputError("name a picture, a folder or a pattern")
+    if bool(args.prior) != bool(args.method):
+        raise InputError("--method goes with --prior FILE, an unconditional flow" if args.method else f"--prior goes with --method {{{','.join(METHODS)}}}")
+    if args.prior and (idle := [f for f in ("ckpt", "t", "t_map", "consistent", "solver", "generate", "export", "model", "denoise") if getattr(args, f) is not None and getattr(args, f) is not False]):
+        raise InputError(f"--prior goes without --{idle[0]}")
+    if args.prior and args.tile not in ("auto", 0):
+        raise InputError("--prior restores a picture in one piece: it goes without --tile")
     if args.export and args.model == "auto":
         raise InputError("--export writes one network, which no picture has chosen: --model clean or real")
     if args.export and (args.inputs or args.t_map or args.consistent or args.t and len(args.t) > 1):
@@ -354,7 +392,7 @@ def restore_job(network, job, ts, args, dtype, note, progress, **how):
         progress.say(f"{job.path}: {line}", sys.stderr)
     net, task, said, why = network(picture)
     height, width = (side * task.scale for side in picture.pixels.shape[:2])
-    tile, bigs, note = pick_tile(args.tile, net, height, width, dtype, args.tile_pad), [], {**note, **said, **origin(job.path)}
+    tile, bigs, note = 0 if args.prior else pick_tile(args.tile, net, height, width, dtype, args.tile_pad), [], {**note, **said, **origin(job.path)}
     for t in [t for t in ts if t in job.outs or STRIP in job.outs]:
         start, before = time.perf_counter(), progress.done
         while True:
@@ -362,7 +400,7 @@ def restore_job(network, job, ts, args, dtype, note, progress, **how):
                 big, nfe = restore_file(net, task, picture, job, t, tile, args, dtype, note, progress, **how)
                 break
             except (MemoryError, RuntimeError) as e:
-                smaller = smaller_tile(tile, height, width, args.tile_pad) if out_of_memory(e) else None
+                smaller = smaller_tile(tile, height, width, args.tile_pad) if out_of_memory(e) and not args.prior else None
                 if smaller is None:
                     raise
             progress.say(f"{job.path}: not enough memory for {f'tiles of {tile}' if tile else 'one piece'}, going on with tiles of {smaller}", sys.stderr)
@@ -419,18 +457,21 @@ def prepare(args):
     keep_freed_memory()
     dtype = pick_dtype(args.dtype, pick_device(args.device))
     first = args.denoise if args.denoise is not None else float(args.model == "real")  # auto asks each picture
-    net, stage, task = load(args.ckpt, args.device, args.preset) if args.ckpt else shipped(first, args.device)
-    if task and args.dataset:
-        raise InputError(f"this checkpoint says its task ({task.name}): --dataset is for files that do not")
-    task = task or TASKS[args.dataset or "photos"]
-    ts, solver = choose(stage, task, [1.0] if args.t_map else args.t, args.solver, args.steps)
+    if args.prior:
+        (net, task), ts, solver = load_prior(args), [1.0], args.method
+    else:
+        net, stage, task = load(args.ckpt, args.device, args.preset) if args.ckpt else shipped(first, args.device)
+        if task and args.dataset:
+            raise InputError(f"this checkpoint says its task ({task.name}): --dataset is for files that do not")
+        task = task or TASKS[args.dataset or "photos"]
+        ts, solver = choose(stage, task, [1.0] if args.t_map else args.t, args.solver, args.steps)
     if args.consistent and task.sigma_n:
         raise InputError("--consistent would bring the noise back, which this checkpoint takes away")
     extension_devices()  # chosen here: what is wrong with the kernels is not a picture's fault
-    how = dict(dtype=dtype, solver=solver, steps=args.steps or STEPS, rtol=args.rtol or 1e-3, atol=args.atol or 1e-3, tile_pad=args.tile_pad,
+    how = dict(dtype=dtype, solver=solver, steps=args.steps or METHODS.get(solver, STEPS), rtol=args.rtol or 1e-3, atol=args.atol or 1e-3, tile_pad=args.tile_pad,
                t_map=read_map(args.t_map) if args.t_map else None, consistent=args.consistent)
-    if args.ckpt:
-        network = lambda picture: (net, task, dict(weights=Path(args.ckpt).name), "")
+    if args.ckpt or args.prior:
+        network = lambda picture: (net, task, dict(weights=Path(args.ckpt or args.prior).name), "")
     else:
         network = functools.partial(network_for, model="clean" if args.consistent else args.model, denoise=args.denoise, device=args.device)
     note = dict(seed=args.seed, dtype=str(dtype).removeprefix("torch."))
@@ -445,9 +486,8 @@ def generate(args):
     from kernels import noise_augment, to_uint8
     from model import pick_device, pick_dtype
     net, stage, task = load(args.ckpt, args.device, args.preset)
+    check_unconditional(net, stage, task, "--generate")
     task, device, out = task or TASKS[args.dataset or "photos"], pick_device(args.device), Path(args.output)
-    if task.condition or task.sigma_p != 1 or stage == "distill":
-        raise InputError("--generate takes an unconditional stage-1 flow from pure noise (train_flow.py --dataset ffhq_uncond makes one): this checkpoint restores")
     if not args.overwrite and any((out / f"{i:04d}.png").exists() for i in range(args.generate)):
         raise InputError(f"{out} holds drawn pictures already: --overwrite replaces them")
     dtype, drawn, total = pick_dtype(args.dtype, device), [], 0

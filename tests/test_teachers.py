@@ -265,7 +265,8 @@ def test_a_published_resshift_its_student_and_its_file(published):
     z_1, nfe = teacher.ancestral(x_in, lambda i: torch.zeros(2, 3, 22, 14), 4)
     assert nfe == 4 and teacher.to_pixels(z_1).shape == x_lr.shape
     student = teacher.student()
-    assert torch.allclose(student(x_in, torch.zeros(2)), teacher(x_in, torch.zeros(2)), atol=1e-5)  # Eq. (11) holds from the start
+    with torch.no_grad():  # with gradients attention takes another way, to its roundings
+        assert torch.allclose(student(x_in, torch.zeros(2)), teacher(x_in, torch.zeros(2)), atol=1e-5)  # Eq. (11) holds from the start
     assert {n.split(".")[0] for n, p in student.named_parameters() if p.requires_grad} == {"net"}
     save_release(folder / "student.safetensors", student, dict(stage="distill", task=None, step=1))
     again, meta = load_model(folder / "student.safetensors")
