@@ -7,6 +7,7 @@
     python bench.py infer --size 1024       the shipped student's one step: ours, onnxruntime's and OpenVINO's, where they are installed
     python bench.py train                   an update of both stages: as published, and ours, and where its time goes
     python bench.py memory --size 128       what training keeps for the backward pass: GiB a picture, by preset and stage
+    python bench.py gpu                     on a graphics card: tests, sanitizers and all of the above on one page, to paste where others read it
     python bench.py degradation             the real world's degradation: ours, and one by one with OpenCV and a codec
 
 Equality comes first: nothing is timed before "all results match". "eager" is what a PyTorch user would write (the
@@ -34,6 +35,7 @@ import numpy as np
 
 import data
 import distill
+import gpu_report
 import kernels
 import model
 import sample
@@ -223,14 +225,14 @@ def worst(ours, right):
     return max(((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)).item() for a, b in zip(tensors(ours), tensors(right), strict=True))
 
 
-def bench_kernels(device, dtype, only, size):
+def bench_kernels(device, dtype, only, size, equal_only=False):
     if device not in kernels.extension_devices():
         raise SystemExit(f"there are no fused kernels for {device} tensors here: nothing to compare")
     torch._dynamo.config.recompile_limit = 64  # one function is compiled for every shape below
     # Sums are in another order than the reference's (PyTorch's channels_last GroupNorm alone errs by 1e-4), the convolution is
     # another algorithm; everything else is its very bits.
     tolerance = {torch.float32: 1e-3, torch.float16: 2**-9, torch.bfloat16: 2**-6}[dtype]
-    todo = [(*c, torch.compile(c[4], dynamic=False)) for c in cases(device, dtype, size) if only in c[0]]
+    todo = [(*c, c[4] if equal_only else torch.compile(c[4], dynamic=False)) for c in cases(device, dtype, size) if only in c[0]]
     for name, make, ours, right, _, _, _, compiled in todo:
         args = make()
         compiled(*args)
@@ -238,6 +240,8 @@ def bench_kernels(device, dtype, only, size):
         if error > (tolerance if any(word in name for word in ("norm", "loss", "error", "conv")) else 0):
             raise SystemExit(f"{name} does not match its reference: {error:.1e}")
     print("all results match", flush=True)
+    if equal_only:
+        return
     model.keep_freed_memory()  # or the columns would time the system's new pages
     bandwidth, speed = copy_bandwidth(device), product_speed(device)
     what = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -417,8 +421,11 @@ def train_step(net, batches, loss, optimizer, average, autocast, device):
     return [b - a for a, b in zip(marks, marks[1:])]
 
 
-def bench_train(device, preset, batch, size, steps):
-    """Updates a second of stage 1, as published (float32, contiguous, eager, a loop for the average) and ours, and of stage 2, in turn; the median of each part."""
+def bench_train(device, preset, batch, size, steps, compiled):
+    """Updates a second of stage 1, as published (float32, contiguous, eager, a loop for the average) and ours, and of stage 2, in turn; the median of each part.
+
+    compiled: ours once more under torch.compile, as --compile trains.
+    """
     task = replace(data.TASKS["photos"], image_size=size, sigma_p=SIGMA_P)
     batches = data.training_batches(sorted(data.ASSETS.glob("*.png")), task, 0, batch, 0, 0, 1, 0)
     ours = random_network(device, preset).requires_grad_(True).train()
@@ -442,10 +449,13 @@ def bench_train(device, preset, batch, size, steps):
     def published_average():
         for s, p in zip(shadow, plain.parameters()):
             s.sub_((s - p) * (1 - 0.9999))
+    more = [("stage 1, compiled", copy.deepcopy(ours), our_loss), ("stage 2, compiled", copy.deepcopy(student), distill_loss)] if compiled else []
+    for _, net, _ in more:
+        net.compile()
     rows = [("stage 1, as published", plain, published_loss, published_average, False)]
     rows += [(name, net, loss, lambda net=net, ema=training.EMA(net): ema.update(net), fast) for name, net, loss in
-             (("stage 1, ours", ours, our_loss), ("stage 2, ours", student, distill_loss))]
-    optimizers = [torch.optim.Adam(plain.parameters(), lr=1e-5), *(training.make_optimizers(net, "adam", 1e-5, torch.float32)[0] for net in (ours, student))]
+             (("stage 1, ours", ours, our_loss), ("stage 2, ours", student, distill_loss), *more)]
+    optimizers = [torch.optim.Adam(plain.parameters(), lr=1e-5), *(training.make_optimizers(net, "adam", 1e-5, torch.float32)[0] for _, net, *_ in rows[1:])]
     model.keep_freed_memory()
     times = [[] for _ in rows]
     for step in range(steps + 2):  # the first two are not counted
@@ -460,6 +470,8 @@ def bench_train(device, preset, batch, size, steps):
         totals.append(1e3 * statistics.median(sum(one) for one in taken[2:]))
         print(f"{name:24}{1e3 * batch / totals[-1]:>10.2f}{totals[-1]:>10.1f}" + "".join(f"{part:>10.1f}" for part in parts))
     print(f"ours is {totals[0] / totals[1]:.2f} times as fast as published; stage 2 takes {totals[2] / totals[1]:.2f} times a step of stage 1")
+    if compiled:
+        print(f"compiled stage 1 is {totals[1] / totals[3]:.2f}, stage 2 {totals[2] / totals[4]:.2f} times as fast as not")
     if device == "cuda":
         print(f"peak memory of all of it {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
@@ -583,24 +595,31 @@ def bench_degradation(device, size, scale=4, count=64):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=["kernels", "model", "infer", "train", "memory", "degradation"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("what", choices=["kernels", "model", "infer", "train", "memory", "degradation", "gpu"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a card; gpu: cpu tries the report, small")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in; memory: of the arithmetic")
-    parser.add_argument("--only", default="", help="kernels, memory: those whose name contains this")
+    parser.add_argument("--only", default="", help="kernels, memory, gpu: those whose name contains this")
+    parser.add_argument("--equal_only", action="store_true", help="kernels: compare with the references, and stop")
     parser.add_argument("--size", type=in_range(int, 16), help="height and width of the pictures (default: 256; degradation: 128)")
     parser.add_argument("--model", default="photos", choices=[name for name, config in model.PRESETS.items() if "family" not in config], help="train: network preset")
     parser.add_argument("--ckpt", default=str(sample.WEIGHTS), help="infer: the network to run (default: the shipped student)")
     parser.add_argument("--batch", type=in_range(int, 1), default=4, help="train: pictures an update")
     parser.add_argument("--steps", type=in_range(int, 1), default=10, help="train: updates to take the median of")
+    parser.add_argument("--compile", action="store_true", help="train: both stages under torch.compile, too")
     args = parser.parse_args(argv)
+    if args.what == "gpu":
+        if args.device != "cpu" and (why := gpu_report.missing()):
+            raise SystemExit(f"bench.py gpu: no NVIDIA card to report on: {why} (--device cpu tries the report here, small)")
+        raise SystemExit(0 if gpu_report.report(args.device or "cuda", args.only) else 1)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.what == "kernels":
-        bench_kernels(args.device, getattr(torch, args.dtype), args.only, args.size or 256)
+        bench_kernels(args.device, getattr(torch, args.dtype), args.only, args.size or 256, args.equal_only)
     elif args.what == "model":
         bench_model(args.device, args.size or 256)
     elif args.what == "infer":
         bench_infer(args.ckpt, args.size or 256)
     elif args.what == "train":
-        bench_train(args.device, args.model, args.batch, args.size or 128, args.steps)
+        bench_train(args.device, args.model, args.batch, args.size or 128, args.steps, args.compile)
     elif args.what == "memory":
         bench_memory(getattr(torch, args.dtype), args.only, args.size or 128)
     else:

@@ -651,20 +651,21 @@ def take(file, folder, wait=10):
 
 def about(run, state):
     """What a later reader wants to know of a start: settings, code, versions, machine."""
-    def git(*args):
-        here = Path(__file__).resolve().parent
-        above = {**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parent)}  # an installed copy may lie in somebody's repository, whose revision says nothing
-        done = subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, env=above)
-        return done.stdout.strip() or None
-    try:
-        revision = git("describe", "--always", "--dirty", "--abbrev=12")
-    except OSError:  # no git
-        revision = None
     versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pillow", "safetensors")}
     gpu = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None
-    return dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=state.step, argv=sys.argv, settings=run.settings, task=asdict(run.task), git=revision,
+    return dict(time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), step=state.step, argv=sys.argv, settings=run.settings, task=asdict(run.task), git=revision(),
                 versions=dict(python=platform.python_version(), **versions),
                 machine=dict(name=platform.node(), system=platform.platform(), cpus=os.cpu_count(), cpu=cpu_name(), threads=torch.get_num_threads(), gpu=gpu, processes=run.world))
+
+
+def revision():
+    """Git's name for the state of this code, None where there is none."""
+    here = Path(__file__).resolve().parent
+    above = {**os.environ, "GIT_CEILING_DIRECTORIES": str(here.parent)}  # an installed copy may lie in somebody's repository, whose revision says nothing
+    try:
+        return subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, env=above).stdout.strip() or None
+    except OSError:  # no git
+        return None
 
 
 def cpu_name():

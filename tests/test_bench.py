@@ -1,10 +1,16 @@
-"""bench.py: its cases agree with their references, and its commands run through, small."""
+"""bench.py: its cases agree with their references, and its commands run through, small. gpu_report.py as far as it can be shown without a card."""
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import bench
+import gpu_report
 import kernels
 import model
+import sample
+import train_flow
 
 
 def once(functions, sets, device, **_):
@@ -77,3 +83,51 @@ def test_the_degradation_beside_opencv(capsys, monkeypatch):
     monkeypatch.setattr(bench, "real", lambda x, *args: right(x.flip(0), *args))
     with pytest.raises(SystemExit, match="the results do not match"):
         bench.main(["degradation", "--device", "cpu", "--size", "64"])
+
+
+# --- the page about a card ---
+
+
+def test_a_machine_without_a_card_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for cuda, driver, words in (("13.0", None, "sees no card, and no NVIDIA driver answers"), ("13.0", "GPU 0", "PyTorch cannot use it"), (None, None, "built without CUDA")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(gpu_report, "answer", lambda *_, driver=driver: driver)
+        with pytest.raises(SystemExit, match=f"^bench.py gpu: no NVIDIA card to report on: .*{words}.*--device cpu") as said:
+            bench.main(["gpu"])
+        assert "\n" not in str(said.value)
+
+
+def test_the_commands_of_a_card_are_ours(monkeypatch, tmp_path):
+    """Every part that only a card can run: its flags are known, its files are there."""
+    called = []
+    for name in ("kernels", "model", "train"):
+        monkeypatch.setattr(bench, f"bench_{name}", lambda *args, name=name: called.append((name, args[0])))
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: name)
+    parts = {title: command for title, command, _ in gpu_report.parts("cuda", tmp_path)}
+    for command in parts.values():
+        script = next(i for i, word in enumerate(command) if word.endswith(".py"))
+        assert Path(command[script]).is_file()
+        if command[script].endswith("bench.py"):
+            bench.main(command[script + 1:])
+        elif command[script].endswith("train_flow.py"):
+            assert train_flow.parse_args(command[script + 1:]).device == "cuda"
+        elif command[script].endswith("sample.py"):
+            assert sample.parse_args(command[script + 1:]).device == "cuda"
+    assert called == [("kernels", "cuda")] * 6 + [("model", "cuda")] + [("train", "cuda")] * 2
+    assert [title for title in parts if "sanitizer" in title] == [f"compute-sanitizer {tool}" for tool in gpu_report.SANITIZERS]
+
+
+def test_the_page(monkeypatch, tmp_path, capsys):
+    """Real parts on a CPU, and one that fails, which does not end the others."""
+    monkeypatch.chdir(tmp_path)
+    real = gpu_report.parts
+    failing = ("a part that fails", [sys.executable, "-c", "print('so far'); raise SystemExit('and no further')"], 60)
+    hanging = ("a part that hangs", [sys.executable, "-c", "import time; time.sleep(60)"], 1)
+    monkeypatch.setattr(gpu_report, "parts", lambda *how: [*(part for part in real(*how) if part[0] in ("tests of the kernels", "training")), failing, hanging])
+    with pytest.raises(SystemExit) as left:
+        bench.main(["gpu", "--device", "cpu"])
+    page = capsys.readouterr().out
+    assert left.value.code == 1 and (tmp_path / "out" / "gpu_report.md").read_text() == page.removesuffix("\n")
+    assert "| tests of the kernels | ok |" in page and "| a part that fails | FAILED |" in page and "| a part that hangs | FAILED |" in page and "| training | ok |" in page
+    assert " passed" in page and "so far\nand no further" in page and "not done after 1 s" in page and "step 5  loss" in page and str(tmp_path) not in page

@@ -5,6 +5,7 @@ test_cuda_source_on_the_cpu, on the CUDA source compiled for the CPU.
 """
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -672,21 +673,71 @@ def machines(library):
     return found
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+def test_what_a_block_needs_fits_a_multiprocessor(tmp_path):
+    """As ptxas counts it: registers of all its threads, shared memory, nothing worth naming spilled to memory."""
+    nvcc_or_skip()
+    for name in ("cuda.cu", "cuda_norm.cu"):
+        done = subprocess.run([f"{build.cuda_home()}/bin/nvcc", *build.NVCC_FLAGS, "-Xptxas", "-v", "-arch=sm_80", "-cubin", build.CSRC / name, "-o", tmp_path / "object"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        numbers = lambda what: [int(n) for n in re.findall(what, done.stderr)]
+        registers, shared = numbers(r"Used (\d+) registers"), numbers(r"(\d+) bytes smem")
+        assert len(registers) > 20 and 256 * max(registers) <= 65536 and max(shared) <= 48 * 1024 and max(numbers(r"(\d+) bytes spill stores")) <= 16
+
+
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+EMULATION = ["-std=c++20", "-O1", "-fPIC", "-w", *build.EXACT]
+
+
+@needs_gxx
 def test_cuda_source_on_the_cpu(tmp_path):
-    """The tests of the operators once more, on the CUDA source, compiled for the CPU by tests/cuda_on_cpu.h."""
+    """The tests of the operators once more, on the CUDA source, compiled for the CPU by tests/cuda_on_cpu.h; and tests/cuda_on_cpu.py."""
     for f in build.CSRC.iterdir():
         (tmp_path / f.name).write_text(f.read_text().replace("return launch(Cpu());", "return launch(Cuda{nullptr});"))
     shutil.copy(ROOT / "tests" / "cuda_on_cpu.h", tmp_path / "launch.h")
     from torch.utils.cpp_extension import include_paths, library_paths
-    flags = ["-std=c++20", "-O1", "-fPIC", "-w", *build.EXACT, "-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{p}" for p in include_paths())]
+    flags = [*EMULATION, "-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{p}" for p in include_paths())]
     names = ["ops.cpp", "cpu.cpp", "cpu_conv.cpp", "cpu_damage.cpp", "cuda.cu", "cuda_norm.cu"]
     compilers = [subprocess.Popen(["g++", *flags, "-x", "c++", "-c", tmp_path / name, "-o", tmp_path / f"{name}.o"]) for name in names]
     assert not any([c.wait() for c in compilers])
     library = tmp_path / "emulated.so"
     subprocess.run(["g++", "-shared", "-o", library, *(tmp_path / f"{name}.o" for name in names), *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-lc10"], check=True)
     code = (f"import sys, torch, pytest, kernels; torch.ops.load_library({str(library)!r}); kernels._chosen = ('cpu',); kernels._register();"
-            f"sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', {__file__!r}, '-k', 'elementwise or sums or one_noise or test_norm or repeat or gradcheck or losses or in_place']))")
+            f"sys.exit(pytest.main(['-q', '-x', '-rs', '-p', 'no:cacheprovider', {str(ROOT / 'tests' / 'cuda_on_cpu.py')!r}, {__file__!r},"
+            "'-k', 'cuda_on_cpu or elementwise or sums or one_noise or test_norm or repeat or gradcheck or losses or in_place or 2_31']))")
     run = python(code, tmp_path)
     stdout, stderr = run.communicate()
     assert run.returncode == 0 and " passed" in stdout, stdout[-3000:] + stderr[-2000:]
+
+
+RACE = """#include <stdio.h>
+#include "launch.h"
+__global__ void neighbours(int* out, int number) {
+  __shared__ int shared[64];
+  shared[threadIdx.x] = 64 * number + threadIdx.x;
+  if (WAITS) __syncthreads();
+  out[threadIdx.x] = shared[(threadIdx.x + 1) % 64];
+}
+int main() {
+  int out[64];
+  try {
+    for (int number = 0; number < 3; number++) {
+      launch(Cuda{nullptr}, neighbours, 1, dim3(64), out, number);
+      for (int x : out) printf("%d ", x);
+    }
+  } catch (const std::exception& e) { puts(e.what()); }
+}
+"""
+
+
+@needs_gxx
+def test_the_emulation_finds_a_race(tmp_path):
+    """A kernel that needs a barrier: with it every order gives one result; without it they differ; where some threads pass it by, that is said."""
+    shutil.copy(ROOT / "tests" / "cuda_on_cpu.h", tmp_path / "launch.h")
+    (tmp_path / "race.cpp").write_text(RACE)
+    said = {}
+    for waits in ("1", "0", "threadIdx.x<32"):
+        subprocess.run(["g++", *EMULATION, f"-DWAITS=({waits})", f"-I{build.CSRC}", tmp_path / "race.cpp", "-o", tmp_path / "race"], check=True)
+        said[waits] = {subprocess.run([tmp_path / "race"], env={**os.environ, "OFTSR_SEED": str(seed)}, capture_output=True, text=True).stdout for seed in range(5)}
+    right = "".join(f"{64 * number + (i + 1) % 64} " for number in range(3) for i in range(64))
+    assert said["1"] == {right} and len(said["0"]) == 5
+    assert all("a barrier that others never reach" in words for words in said["threadIdx.x<32"])

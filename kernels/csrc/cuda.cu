@@ -2,6 +2,8 @@
 // strips of one row, and a block of threads takes one strip at a time; neighbouring threads take neighbouring
 // pixels, so that a warp's 32 reads are one stretch of memory, and a thread takes all channels of its pixel, so
 // that several reads are under way at once. Nothing is read twice: the memory's bandwidth is the limit.
+#include <algorithm>
+
 #include "launch.h"
 
 constexpr int THREADS = 256;
@@ -27,7 +29,7 @@ template <class Kernel> __global__ void __launch_bounds__(THREADS) run(Strips st
 // kernel(b, h, w) for every pixel, a thread each.
 template <class Kernel> static void each_pixel(Cuda device, Shape s, Kernel kernel) {
   Strips strips(s);
-  launch(device, run<Kernel>, strips.count, dim3(THREADS), strips, kernel);
+  launch(device, run<Kernel>, std::min(strips.count, most_blocks()), dim3(THREADS), strips, kernel);
 }
 
 template <class T> __device__ T& at(const View& v, int64_t b, int64_t c, int64_t h, int64_t w) { return v.at<T>(b, c, h)[w * v.w]; }
