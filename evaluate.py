@@ -43,7 +43,7 @@ from folders import note
 from kernels import to_uint8
 from metrics import ALONE, BACKBONES, FEW, FID_MODES, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
 from model import UNet, keep_freed_memory, load_model, pick_device, pick_dtype
-from partners import find_partners
+from partners import HIGH, LOW, find_partners
 from pairs import by_stem, check_pairs, clear, find_alone, find_pairs, find_truth, load_truth, stream_of, write_pairs
 from pictures import list_images, read_image, write_picture
 from report import TABLES, describe, paper_table, peak_memory, table_line, write_json
@@ -188,15 +188,17 @@ def student_row(network, t):
 def find_methods(methods, stems, complete, taken):
     """The rows of --methods, (name, evaluations or None, folder) each. complete: the folders should hold nothing else.
 
-    Results are paired with the true pictures by their place below the folder, or by the name alone. Raises InputError for
-    what has no partner, and for a name that is in `taken` already.
+    Results are paired with the true pictures by their place below the folder, or by the name alone, which of a NAME_HR may
+    be NAME_LR4, that of the picture restored. Raises InputError for what has no partner, and for a name that is in `taken` already.
     """
     rows = []
     for name, nfe, folder in methods:
         if name in taken or name in [row.name for row in rows]:
             raise InputError(f"two rows would be called {name}: give --methods another name")
         there = by_stem(list_images(folder), folder)
-        places = {stem: stem if stem in there else stem.rpartition("/")[2] for stem in stems}
+        lows = {LOW.sub("", stem): stem for stem in there if LOW.search(stem)}
+        names = {stem: stem.rpartition("/")[2] for stem in stems}
+        places = {stem: next((place for place in (stem, lows.get(HIGH.sub("", name))) if place in there), name) for stem, name in names.items()}
         if missing := [stem for stem, place in places.items() if place not in there]:
             raise InputError(f"{name} has no {missing[0]}.* in {folder} ({len(missing)} of {len(stems)} are missing)")
         if len(set(places.values())) < len(places):

@@ -51,6 +51,9 @@ FREE = {"init_from", "max_iters", "out_dir", "data_dir", "lr_dir", "eval_interva
         "always_save_checkpoint", "keep_best", "lpips_backbone", "num_workers", "compile", "grad_checkpoint", "shard", "dry_run", "dataset", "teacher", "tensorboard", "wandb"}
 
 
+NO_LOSS = 1e-4  # on pictures in [-1, 1], whose mean squared error this would be at 46 dB
+
+
 class Diverged(InputError):
     """The training has gone wrong: what it holds now must not be saved over what it held."""
 
@@ -746,6 +749,7 @@ class Meter:
 def check(run, state, meter, paths):
     """Raises Diverged if a gradient since the last check was not finite, or the mean loss is a hundred times the lowest that it was.
 
+    No lowest counts below NO_LOSS: a student of a teacher that says the same at every t begins with a loss of next to nothing.
     Names the step and its pictures, and the checkpoint that is still good. To be called before every save and reading of the meter.
     """
     total, count = meter.total.tolist()
@@ -759,7 +763,7 @@ def check(run, state, meter, paths):
         return
     if state.least == math.inf:
         state.least = meter.first.item()
-    if total / count > 100 * state.least > 0:
+    if total / count > 100 * max(state.least, NO_LOSS):
         raise Diverged(f"the loss rose from {state.least:.3g} to {total / count:.3g} by step {state.step}: lower --learning_rate; {last_good(run, state)}")
     state.least = min(state.least, total / count)
 

@@ -362,6 +362,15 @@ def test_other_methods_are_rows_by_their_folders(files, tmp_path, monkeypatch, c
         run(monkeypatch, *common, "--methods", f"bicubic={tmp_path / 'theirs'}")
 
 
+def test_a_result_may_have_the_name_of_the_small_picture_it_was_made_from(tmp_path):
+    for name in ("a_LR4", "b_LR4", "c"):
+        write(tmp_path, **{f"{name}_png": smooth(0, 8, 8)})
+    row, = evaluate.find_methods([("DDNM", 100, tmp_path)], ["a_HR", "b_HR", "c"], True, set())
+    assert {stem: path.name for stem, path in row.results.items()} == {"a_HR": "a_LR4.png", "b_HR": "b_LR4.png", "c": "c.png"}
+    with pytest.raises(InputError, match="DDNM has no d_HR"):
+        evaluate.find_methods([("DDNM", 100, tmp_path)], ["a_HR", "b_HR", "c", "d_HR"], True, set())
+
+
 def test_choosing_t():
     asked = []
     falling = lambda t: asked.append(t) or 31 - 3 * t**2

@@ -1,5 +1,6 @@
 """Training that survives: kills, signals, broken and hostile files, full disks, restarts, other numbers of processes."""
 import json
+import math
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -267,6 +269,19 @@ def test_weights_that_are_ruined_but_finite_are_not_saved(photos, tmp_path):  # 
     with pytest.raises(InputError, match="the loss rose from .*; nothing was saved yet"):
         run(train_flow, photos, tmp_path, "--max_iters", 8, "--learning_rate", 1e3, "--warmup_iters", 0, "--eval_interval", 3, "--log_interval", 50)
     assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_a_loss_of_next_to_nothing_may_rise_to_a_small_one(tmp_path):
+    """As that of a student which begins as its teacher, and a teacher that has learned little: 6e-10 at first."""
+    here = SimpleNamespace(out_dir=tmp_path)
+    meter = lambda loss: SimpleNamespace(total=torch.tensor([loss, 1.0]), first=torch.tensor(loss))
+    state = SimpleNamespace(bad_step=torch.tensor(math.inf), least=math.inf, step=50, saved=0)
+    for loss in (6e-10, 1e-4, 5e-3):
+        training.check(here, state, meter(loss), [])
+    assert state.least == pytest.approx(6e-10)
+    with pytest.raises(training.Diverged, match="the loss rose from 6e-10 to 0.02"):
+        training.check(here, state, meter(0.02), [])
+
 
 
 # --- broken and hostile files ---
