@@ -164,7 +164,7 @@ def test_the_list_is_made_once_for_all_processes(monkeypatch):
     """In the first process, whose list and whose refusal are then everybody's: a folder that changes meanwhile, or looks otherwise there, changes nothing."""
     sent = []
     monkeypatch.setattr(training.dist, "broadcast_object_list", lambda box, **_: box.__setitem__(slice(None), sent) if sent else sent.extend(box))
-    first, second = (types.SimpleNamespace(world=2, master=rank == 0) for rank in range(2))
+    first, second = (SimpleNamespace(world=2, master=rank == 0) for rank in range(2))
 
     def never():
         raise AssertionError("listed again")
