@@ -38,7 +38,7 @@ from checkpoints import copy_file, load_checkpoint, one_before, save_checkpoint
 from console import InputError, atomic_write, in_range
 from degradations import degrade, to_float
 from metrics import psnr_rgb
-from model import Stage, check_fits, count_macs, keep_freed_memory, named, network_of, pick_device, pick_dtype, save_release
+from model import check_fits, count_macs, keep_freed_memory, named, network_of, pick_device, pick_dtype, save_release
 from pictures import write_picture
 
 try:
@@ -235,9 +235,11 @@ def parallel(module, run):
 
 def spare_memory(model, run):
     """What --grad_checkpoint and --shard ask of a model, in place. Raises InputError where it cannot be."""
-    stages = [m for m in model.modules() if isinstance(m, Stage)]
+    stages = [m for m in model.modules() if hasattr(m, "recompute")]
     if run.args.grad_checkpoint and not stages:
-        raise InputError("--grad_checkpoint knows the blocks of this project's U-Net, which this network is not")
+        raise InputError("--grad_checkpoint knows blocks that can be made again, which this network has not")
+    if run.args.shard and model.config.get("lora"):
+        raise InputError("--shard spreads weights that are trained: those of adapters are few, and what they stand on is frozen")
     for stage in stages:
         stage.recompute = run.args.grad_checkpoint
     if run.args.shard:
