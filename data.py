@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+import shards
 from console import InputError, Parser, in_range
 from degradations import H_T, degrade, least_multiple, to_float
-from folders import ASSETS, expected, keep_split, list_hash, note, split_folder
+from folders import ASSETS, Files, expected, keep_split, list_hash, note, split_folder
 from model import PRESETS
 from partners import cut_pair, read_pair
 from pictures import probe, read_image
@@ -138,7 +139,7 @@ def resolve_task(args, row=None, training=True):
 def find_split(task, data_dir=None, memory=None, quiet=False):
     """The pictures of a task, for training and for validation, as a folders.Split.
 
-    data_dir defaults to data/<task name> (of photos_real data/photos), and where there is no data/photos, to the photographs in assets/. memory: what
+    data_dir: a folder, or tars as shards.expand takes them; it defaults to data/<task name> (of photos_real data/photos), and where there is no data/photos, to the photographs in assets/. memory: what
     a checkpoint remembers of its lists; each picture then keeps the part it had, and what has changed is said, unless quiet.
     Raises InputError if there is no folder or no picture.
     """
@@ -157,12 +158,12 @@ def find_split(task, data_dir=None, memory=None, quiet=False):
 
 
 def find_data(task, data_dir=None):
-    """The training and the validation files of a task: two lists of paths, neither empty. Raises InputError if there are none to train on."""
+    """The training and the validation files of a task: two sequences of paths, neither empty. Raises InputError if there are none to train on."""
     return check_split(find_split(task, data_dir), task)
 
 
 def check_split(split, task):
-    """The files of a Split that a training can use, as two lists of paths, neither empty. Raises InputError if most are too small, or none is for training.
+    """The files of a Split that a training can use, as two sequences of paths, neither empty. Raises InputError if most are too small, or none is for training.
 
     Where no picture is for validation, a training looks at itself on pictures that it has seen, and says so.
     """
@@ -170,7 +171,7 @@ def check_split(split, task):
         raise InputError(f"{split.folder} holds validation pictures alone ({split.how}): name the folder above it, or one of pictures to train on")
     if not split.val:
         note(f"no validation pictures in {split.folder} ({split.how}): the scores during training are of pictures that it trains on")
-    train, val = ([split.folder / f for f in files] for files in (split.train, split.val or spread(split.train, 100)))
+    train, val = (Files(split.folder, files) for files in (split.train, split.val or spread(split.train, 100)))
     sizes, _ = picture_sizes(train, 200)
     small = [item for item in sizes if not fits(*item[0], task)]
     if len(small) > len(sizes) / 2:  # fewer are left out one by one
@@ -385,6 +386,8 @@ def describe(split, task):
     yield f"{task.name} in {split.folder}"
     yield f"  training    {len(split.train):,} pictures"
     yield f"  validation  {len(split.val):,} pictures: {split.how}"
+    if tars := {tar for files in (split.train, split.val) for f in files if (tar := shards.outer(f))}:
+        yield f"  shards      {len(tars):,} tars, as {min(tars)}"
     for why, files in split.left_out.items():
         yield f"  left out    {len(files):,} {why}, as {files[0]}"
     for name, files in (("training", split.train), ("validation", split.val)):

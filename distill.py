@@ -39,7 +39,7 @@ TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     data.add_task_flags(p)
-    p.add_argument("--teacher", help="stage-1 weights (default: the newest of this task under out/, else the shipped ones), or resshift:FILE, or package.module:function")
+    p.add_argument("--teacher", help="stage-1 weights (default: the newest of this task under out/, else the shipped ones), or resshift:FILE, or dit4sr:DIR, or package.module:function")
     teachers.add_teacher_flags(p)
     p.add_argument("--loss", dest="objective", choices=("oftsr", "boot", "pinn", "perceptual"), default="oftsr", help="Eq. (9), (16) or (15); or the truth as the flow sees it, for a finished student")
     p.add_argument("--dt", type=in_range(float, 1e-4, 1), default=0.05, help="time step s - t")
@@ -181,7 +181,7 @@ def load_teacher(args, out_dir):
     """
     if args.init_from == "resume" and args.teacher is None:
         before = training.open_checkpoint(out_dir)[0].get("args", {})
-        for key in ("teacher", "autoencoder", "chain"):
+        for key in ("teacher", "autoencoder", "chain", "lora", "guidance", "prompt"):
             setattr(args, key, before.get(key, getattr(args, key)))
     args.teacher = args.teacher or newest(args.dataset, "flow", args.dry_run)
     if args.teacher and teachers.names_family(args.teacher):
@@ -209,7 +209,8 @@ def start_network(args, task, teacher):
     start, meta = teacher, None
     if args.init_from != "teacher" and not training.absent(args, args.init_from):
         start, meta = load_model(args.init_from, model=task.model)
-        if {**start.config, "one_step": teacher.config.get("one_step")} != {**teacher.config, "one_step": teacher.config.get("one_step")}:
+        form = lambda net: {**net.config, "one_step": None, "folder": None}
+        if form(start) != form(teacher):
             raise InputError(f"{args.init_from} is not the teacher's network with the teacher's sigma_p: start from a student of {args.teacher}")
         if meta["task"] and meta["task"]["name"] != task.name:
             raise InputError(f"{args.init_from} was trained for {meta['task']['name']}, not {task.name}")

@@ -5,7 +5,7 @@ test; any case, at any depth; DIV2K_train_HR, DIV2K_valid_HR, ILSVRC2012_img_val
 low-resolution partners, which are never truth. Where nothing is marked, one picture in twenty is kept for validation,
 chosen by its name alone: another picture in the folder changes nothing for those that are there already.
 
-    files = list_folder("DIR")             # ["train/a.png", ...]
+    files = list_folder("DIR")             # ["train/a.png", "shards/000.tar/a.png", ...]: a tar is a folder (shards.py)
     split = split_folder("DIR", task)      # .train, .val, .left_out: such lists
     memory = remember(split)               # for the checkpoint: a few bytes a picture
     split, changed = keep_split(split, memory)   # on resume: each picture keeps its part
@@ -14,18 +14,23 @@ chosen by its name alone: another picture in the folder changes nothing for thos
 import base64
 import functools
 import hashlib
+import io
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+import shards
 from console import InputError
 from pictures import EXTENSIONS
 
 ASSETS = Path(__file__).parent / "assets"
-# A folder's role is the last word of its name, with what data sets put behind it: val, val256, valid_HR, validation_images.
-SUFFIX = r"(?:[\W_]?(?:hr|set|imgs?|images?|photos?|pictures?|files|data|original|large|\d+(?:x\d+)?))*"
+# A folder's role is the last word of its name, with what data sets put behind it: val, val256, valid_HR, validation_images, val-000.tar.
+SUFFIX = r"(?:[\W_]?(?:hr|set|imgs?|images?|photos?|pictures?|files|data|original|large|of|\d+(?:x\d+)?))*"
 ROLES = {
     "val": "(?:val|valid|validation)" + SUFFIX,
     "test": "test" + SUFFIX,
@@ -48,7 +53,7 @@ WHY = {"small": "low-resolution partners", "test": "of a test set", "listed": "o
 @functools.lru_cache(maxsize=100_000)
 def role(name, before=ANY):
     """What a folder of that name holds: "val", "test", "train", "small" (low-resolution partners), or None."""
-    return next((r for r, word in ROLES.items() if re.fullmatch(before + word, name.casefold())), None)
+    return next((r for r, word in ROLES.items() if re.fullmatch(before + word, name.casefold().removesuffix(".tar"))), None)
 
 
 def role_of(file):
@@ -57,8 +62,8 @@ def role_of(file):
     return "small" if "small" in roles else roles[-1] if roles else None
 
 
-def list_folder(folder):
-    """Every picture below folder, as its path from there with "/", sorted; hidden files and folders left out.
+def list_folder(folder, tars=None):
+    """Every picture below folder, or in those tars there alone, as its path from there with "/", sorted; hidden files and folders left out.
 
     Links to folders and files are followed, and what several names lead to is listed once: under a name in a folder
     for validation, if there is one, else under the real one. Raises InputError if there is no folder, or one below it
@@ -68,6 +73,9 @@ def list_folder(folder):
         raise InputError(f"no folder {folder}")
     real = {"": os.path.realpath(folder)}  # the folders on the way: {path from folder: real path}
     known, todo, later, found, links = set(), [""], [], [], []
+    if tars is not None:
+        todo = [f"{tar}/" for tar in tars]
+        real |= {below: os.path.realpath(os.path.join(folder, below[:-1])) for below in todo}
     while todo or later:
         below = todo.pop() if todo else later.pop(0)  # links to folders last, so that real names win
         visit = real[below], role_of(below) in HELD
@@ -89,34 +97,63 @@ def list_folder(folder):
 
 
 def scan(path, below):
-    """The pictures and the folders in one folder: two lists of (name, is it a link)."""
+    """The pictures and the folders (and tars, but for those that lie there unpacked) in one folder or tar: two lists of (name, is it a link)."""
     files, folders = [], []
+    if below and os.path.isfile(path):
+        parts = ((name, name.split("/")) for name in shards.members(path))
+        return [(name, False) for name, p in parts if is_picture(p[-1]) and not SYSTEM & {f.casefold() for f in p[:-1]}], []
     try:
         with os.scandir(path) as entries:
             for e in entries:
                 if e.name.startswith("."):
                     continue
-                if e.is_dir():
+                if e.is_dir() or shards.is_tar(e.name) and e.is_file():
                     folders.append((e.name, e.is_symlink()))
-                elif os.path.splitext(e.name)[1].lower() in EXTENSIONS and e.is_file():
+                elif is_picture(e.name) and e.is_file():
                     files.append((e.name, e.is_symlink()))
                 elif e.name in RESULTS and below:
                     return [], []
     except OSError as e:
         raise InputError(f"cannot read the folder {path}: {e.strerror}") from None
-    return files, sorted(f for f in folders if f[0].casefold() not in SYSTEM)
+    names = {name for name, _ in folders}
+    return files, sorted(f for f in folders if f[0].casefold() not in SYSTEM and not (shards.is_tar(f[0]) and f[0][:-4] in names))
+
+
+def is_picture(name):
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def each_once(found, links, real):
     """Of files that are the same on the disk, one: the name that says validation, else the real one."""
     chosen = {}
     for i, file in enumerate([*found, *links]):
-        below, _, name = file.rpartition("/")
-        path = os.path.join(real[below + "/" if below else ""], name)
+        below = file
+        while (below := below.rpartition("/")[0]) and f"{below}/" not in real:  # folders within a tar
+            pass
+        path = os.path.join(real[below and f"{below}/"], file[len(below and f"{below}/"):])
         path = os.path.realpath(path) if i >= len(found) else path
         if path not in chosen or HELD.get(role_of(file), 2) < HELD.get(role_of(chosen[path]), 2):
             chosen[path] = file
     return chosen.values()
+
+
+class Files(Sequence):
+    """The paths of a long list of names below a folder, made one by one as they are asked for.
+
+    All names are one piece of memory: a million Paths would take 300 MB of this process, and as much of every one that reads pictures for it.
+    """
+
+    def __init__(self, folder, names):
+        names = [os.fsencode(name) for name in names]
+        self.folder, self.text = Path(folder), b"".join(names)
+        self.ends = np.cumsum([0, *map(len, names)])  # name i is text[ends[i] : ends[i + 1]]
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        return self.folder / os.fsdecode(self.text[self.ends[i] : self.ends[i + 1]])
 
 
 # --- splitting ---
@@ -141,14 +178,14 @@ class Split:
 
 
 def split_folder(folder, task):
-    """The pictures of a folder as a Split, for a task (whose val_list and train_files count).
+    """The pictures of a folder, or of what shards.expand takes, as a Split, for a task (whose val_list and train_files count).
 
     Validation pictures are those that the task's list names, whatever their endings; else those in val/ and its like; else
     those in test/. Where nothing is marked, and the task has no list and the folder no train/, one in twenty.
     Raises InputError if there is no folder or no picture.
     """
-    folder = Path(folder)
-    groups = group_by_role(list_folder(folder), role(folder.resolve().name, SETS))
+    folder, tars = shards.expand(folder)
+    groups = group_by_role(list_folder(folder, tars), role(folder.resolve().name, SETS))
     if set(groups) <= {"small"}:
         raise InputError(f"no pictures in {folder} " + (f"but {len(groups['small'])} {WHY['small']}: name the folder of the large ones" if groups
                                                         else f"(looked for {' '.join(sorted(EXTENSIONS))})"))
@@ -228,8 +265,11 @@ def name_key(file):
 
 def content_key(path):
     """Five bytes that tell a file from all others by its size and its first 64 KiB."""
-    with open(path, "rb") as f:
-        return hashlib.sha256(os.fstat(f.fileno()).st_size.to_bytes(8, "big") + f.read(65536)).digest()[:5]
+    source = shards.source(path)
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(0)
+        return hashlib.sha256(size.to_bytes(8, "big") + f.read(65536)).digest()[:5]
 
 
 def pack(keys):

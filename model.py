@@ -29,7 +29,7 @@ from kernels import conv3x3, group_norm_silu, noise_augment
 
 # The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
 # to add one. What a class has to say of itself is written in teachers.Teacher.
-FAMILIES = {"unet": "model:UNet", "resshift": "resshift:ResShift"}
+FAMILIES = {"unet": "model:UNet", "resshift": "resshift:ResShift", "dit4sr": "dit4sr:DiT4SR"}
 
 # channels, mults, blocks: width of the first level, its multiple at each level, residual blocks a level.
 # attention: down-sampling factors at which there is attention (none at all if empty). groups, patch, precond: see UNet;

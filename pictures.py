@@ -9,6 +9,7 @@ never its largest value. Pillow reads and writes the formats and their tags; ima
 round to 8 bits, and convert colours in 16: OpenCV, the other kept library that reads 16 bits, drops profiles and gray's alpha.
 No torch; what is heavy is imported where it is used.
 """
+import io
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+import shards
 import writers
 from colour import BAND, rgb8, to_srgb
 from console import InputError, atomic_path, refusals
@@ -78,7 +80,7 @@ class Probe:
 
 def probe(path, max_pixels=MAX_PIXELS):
     """What a picture file says of itself, no pixel decoded: a Probe. Raises InputError if it is no picture, or larger than max_pixels."""
-    with _open(path, max_pixels) as (im, head, _):
+    with _open(path, max_pixels) as (im, head, *_):
         width, height = im.size
         orientation = im.getexif().get(ORIENTATION, 1)
         if (orientation >= 5) != (im.format == "TIFF" and im.tag_v2.get(ORIENTATION, 1) >= 5):  # of a TIFF Pillow gives the size upright
@@ -91,7 +93,7 @@ def read_picture(path, max_pixels=MAX_PIXELS, metadata=True):
 
     metadata=False: the pixels alone, faster.
     """
-    with _open(path, max_pixels) as (im, head, told):
+    with _open(path, max_pixels) as (im, head, told, file):
         frames = getattr(im, "n_frames", 1)
         profile, orientation, depth = im.info.get("icc_profile"), im.getexif().get(ORIENTATION, 1), _depth(im, head)
         picture = Picture(None, im.format, lossless=_lossless(im, head), quality=_quality(im), full_chroma=_full_chroma(im, head))
@@ -100,7 +102,7 @@ def read_picture(path, max_pixels=MAX_PIXELS, metadata=True):
             picture.notes.append(f"the first of its {frames} {what} is taken")
         profile = profile or _profile_by_exif(im)
         if depth > 8 or not im.mode:
-            pixels, space = _decode_deep(path, im, head, depth, picture.notes)
+            pixels, space = _decode_deep(file, im, head, depth, picture.notes)
         else:
             pixels, space = _decode(im)
             if im.format == "TIFF":
@@ -140,18 +142,20 @@ def read_image(path):
 
 @contextmanager
 def _open(path, max_pixels):
-    """(Pillow's picture, the file's first bytes, the warnings so far), every failure an InputError that names the file."""
+    """(Pillow's picture, the file's first bytes, the warnings so far, the file: a path, or the bytes of a tar's member), every failure an InputError that names the file."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # ours is below, with the way to raise it
+    file = path
     try:
-        with open(path, "rb") as f:
+        file = shards.source(path)
+        with _stream(file) as f:
             head = f.read(65536)
         _plug_in(_kind(head))
-        with warnings.catch_warnings(record=True) as told, _pillow(path, head) as im:
+        with warnings.catch_warnings(record=True) as told, _pillow(file, head) as im:
             warnings.simplefilter("always")
             if im.width * im.height > max_pixels:
                 raise InputError(f"{path} would have {im.width} x {im.height} pixels, more than {max_pixels / 1e6:g} million: "
                                  "if you trust it, raise --max_pixels (max_pixels in Python)")
-            yield im, head, told
+            yield im, head, told, file
     except FileNotFoundError:
         raise InputError(f"no picture at {path}") from None
     except MemoryError:
@@ -159,30 +163,42 @@ def _open(path, max_pixels):
     except InputError as e:
         raise InputError(str(e) if str(path) in str(e) else f"{path} cannot be read as a picture: {e}") from None
     except Exception as e:  # Pillow raises whatever a broken file leads it to: struct.error, SyntaxError, ...
-        raise InputError(f"{path} cannot be read as a picture: {_why(path, e)}") from None
+        raise InputError(f"{path} cannot be read as a picture: {_why(file, e)}") from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _pillow(path, head):
+def _openable(file):
+    return io.BytesIO(file) if isinstance(file, bytes) else file
+
+
+def _stream(file):
+    return _openable(file) if isinstance(file, bytes) else open(file, "rb")
+
+
+def _bytes(file):
+    return file if isinstance(file, bytes) else Path(file).read_bytes()
+
+
+def _pillow(file, head):
     """Image.open, and for the TIFFs that Pillow does not know (16 bits with alpha, 12 bits) their tags in a picture's stead."""
     try:
-        im = Image.open(path)
+        im = Image.open(_openable(file))
         if im.format == "PNG" and not {"exif", "Raw profile type exif"} & set(im.info):
-            im.info["exif"] = _png_exif(path)  # which may follow the pixels: Pillow would decode them to get at it
+            im.info["exif"] = _png_exif(file)  # which may follow the pixels: Pillow would decode them to get at it
         return im
     except UnidentifiedImageError:
         if head[:4] not in (b"II*\0", b"MM\0*"):
             raise
     tags = Image.Exif()
-    tags.load(Path(path).read_bytes())
+    tags.load(_bytes(file))
     width, height = (tags[256], tags[257])[:: -1 if tags.get(ORIENTATION, 1) >= 5 else 1]
     info = dict(icc_profile=tags.get(34675), xmp=tags.get(700), dpi=(tags.get(282), tags.get(283)) if tags.get(296, 2) == 2 else None)
     return nullcontext(SimpleNamespace(format="TIFF", mode="", width=width, height=height, size=(width, height), info=info, tag_v2=tags, getexif=lambda: tags))
 
 
-def _png_exif(path):
-    with open(path, "rb") as f:
+def _png_exif(file):
+    with _stream(file) as f:
         f.seek(8)
         while len(start := f.read(8)) == 8:
             length, name = struct.unpack(">I4s", start)
@@ -212,13 +228,13 @@ def _plug_in(kind):
         plugin.register_heif_opener()
 
 
-def _why(path, error):
-    suffix = Path(path).suffix.lower()
+def _why(file, error):
+    suffix = "" if isinstance(file, bytes) else Path(file).suffix.lower()
     if suffix in FOREIGN:
         return FOREIGN[suffix]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if os.path.getsize(path) == 0:
+    if len(file) == 0 if isinstance(file, bytes) else os.path.getsize(file) == 0:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         return "its bytes are no picture, or of a format that is not known here"
@@ -263,32 +279,32 @@ def _decode(im):
     return pixels.reshape(*pixels.shape[:2], -1), "gray" if gray else "rgb"
 
 
-def _decode_deep(path, im, head, depth, notes):
+def _decode_deep(file, im, head, depth, notes):
     """As _decode, of a file with more than 8 bits a sample: (H, W, C) uint16 of full range."""
     if im.format == "TIFF":
-        return _decode_tiff(path, notes)
+        return _decode_tiff(file, notes)
     if im.format in ("PNG", "JPEG2000"):
         import imagecodecs
-        pixels = (imagecodecs.png_decode if im.format == "PNG" else imagecodecs.jpeg2k_decode)(Path(path).read_bytes())
+        pixels = (imagecodecs.png_decode if im.format == "PNG" else imagecodecs.jpeg2k_decode)(_bytes(file))
         largest = 2**depth - 1
     elif im.format == "HEIF":
         import pillow_heif
-        pixels = np.asarray(pillow_heif.open_heif(path, convert_hdr_to_8bit=False)) >> (16 - depth)
+        pixels = np.asarray(pillow_heif.open_heif(file, convert_hdr_to_8bit=False)) >> (16 - depth)
         largest = 2**depth - 1
     elif im.format == "PPM":
         found = _PNM.match(head)
         shape, largest = (im.height, im.width, 3 if found[1] == b"6" else 1), int(found[4])
-        pixels = np.fromfile(path, ">u2", im.height * im.width * shape[2], offset=found.end()).reshape(shape)
+        pixels = np.frombuffer(_bytes(file), ">u2", im.height * im.width * shape[2], offset=found.end()).reshape(shape)
     else:
         return _decode(im)
     pixels = _full_range(pixels.reshape(im.height, im.width, -1), largest)
     return pixels, "gray" if pixels.shape[2] < 3 else "rgb"
 
 
-def _decode_tiff(path, notes):
+def _decode_tiff(file, notes):
     import tifffile
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it cannot read it raises, too
-    with tifffile.TiffFile(path) as tif:
+    with tifffile.TiffFile(_openable(file)) as tif:
         page = tif.pages[0]
         pixels = page.asarray()
         if page.sampleformat != 1 or page.bitspersample > 16:

@@ -17,7 +17,7 @@ import torch.nn as nn
 
 import kernels
 from checkpoints import load_checkpoint, load_tensors
-from console import InputError
+from console import InputError, in_range
 from model import FAMILIES, build, find_family
 
 LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 would be 0 / 0
@@ -179,6 +179,9 @@ def add_teacher_flags(parser):
     """What a teacher of another family needs beside --teacher."""
     g = parser.add_argument_group("teachers of other families")
     g.add_argument("--autoencoder", help="resshift: the file of its autoencoder (without one it works on pictures)")
+    g.add_argument("--lora", type=in_range(int, 1, 4096), default=64, help="dit4sr: rank of the student's adapters (default: 64)")
+    g.add_argument("--guidance", type=in_range(float, 1, 100), default=8.0, help="dit4sr: scale of its classifier-free guidance, two evaluations a step; 1 is none (default: 8, its published sampler's)")
+    g.add_argument("--prompt", metavar="FILE", help="dit4sr: the .safetensors of its prompt's embeddings (default: prompt.safetensors in its folder)")
     g.add_argument("--chain", type=int, choices=(4, 15), default=4, help="resshift: steps that it was trained for, where the file does not say (default: 4)")
 
 
@@ -200,7 +203,7 @@ def load_teacher(spec, args):
         family = find_family(head)
         if not hasattr(family, "published"):
             raise InputError(f"{spec}: weights of this project's own network are named without {head}:")
-        if getattr(args, "dry_run", False) and not Path(tail).is_file():
+        if getattr(args, "dry_run", False) and not Path(tail).exists():
             with torch.device("meta"):
                 teacher = family.empty(args)
         else:
@@ -231,9 +234,9 @@ def read_state(path):
     return state
 
 
-def fill(module, state, path, what):
-    """Load tensors into module, strictly but for BUFFERS, in float32. Raises InputError, one line that says how many do not fit."""
-    state = {name: value.float() for name, value in state.items() if not name.endswith(BUFFERS)}
+def fill(module, state, path, what, assign=False):
+    """Load tensors into module, strictly but for BUFFERS, in float32; assign: those of state themselves, as they are. Raises InputError, one line that says how many do not fit."""
+    state = {name: value if assign else value.float() for name, value in state.items() if not name.endswith(BUFFERS)}
     own = module.state_dict()
     wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
     if wrong or len(state) != len(own):
@@ -242,5 +245,5 @@ def fill(module, state, path, what):
                          f"{len(set(state) - set(own))} others are not its own")
     if bad := [n for n, v in state.items() if not v.isfinite().all()]:
         raise InputError(f"{path} is broken: {bad[0]} holds values that are not finite")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
     return module

@@ -38,7 +38,7 @@ from checkpoints import copy_file, load_checkpoint, one_before, save_checkpoint
 from console import InputError, atomic_write, in_range
 from degradations import degrade, to_float
 from metrics import psnr_rgb
-from model import Stage, check_fits, count_macs, keep_freed_memory, named, network_of, pick_device, pick_dtype, save_release
+from model import check_fits, count_macs, keep_freed_memory, named, network_of, pick_device, pick_dtype, save_release
 from pictures import write_picture
 
 try:
@@ -235,9 +235,11 @@ def parallel(module, run):
 
 def spare_memory(model, run):
     """What --grad_checkpoint and --shard ask of a model, in place. Raises InputError where it cannot be."""
-    stages = [m for m in model.modules() if isinstance(m, Stage)]
+    stages = [m for m in model.modules() if hasattr(m, "recompute")]
     if run.args.grad_checkpoint and not stages:
-        raise InputError("--grad_checkpoint knows the blocks of this project's U-Net, which this network is not")
+        raise InputError("--grad_checkpoint knows blocks that can be made again, which this network has not")
+    if run.args.shard and model.config.get("lora"):
+        raise InputError("--shard spreads weights that are trained: those of adapters are few, and what they stand on is frozen")
     for stage in stages:
         stage.recompute = run.args.grad_checkpoint
     if run.args.shard:
@@ -376,27 +378,45 @@ def differences(run, was):
 
 
 def find_pictures(run, checkpoint, origins=()):
-    """The files for training and for validation: two lists of paths. Each picture keeps the part that it had when the run began.
+    """The files for training and for validation: two sequences of paths. Each picture keeps the part that it had when the run began.
 
     origins: the metadata of what the run learns or starts from; what those were trained on is remembered with it, and what
     they held out stays out. A dry run that names no folder goes on without pictures, and says why.
     """
     before = [meta["data"] for meta in origins if meta and meta.get("data")]
     memory = (checkpoint or {}).get("data") or {}
-    try:
+    def look():
         split = data.find_split(run.task, run.args.data_dir, memory or (before[0] if before else None), quiet=not memory)
-        pictures = data.check_split(split, run.task)
+        if not run.args.dry_run:
+            run.memory = {**folders.remember(split), "before": memory.get("before", before)}
+        return data.check_split(split, run.task)
+    try:
+        pictures = from_first(run, look)
     except InputError as e:
         if not run.args.dry_run or run.args.data_dir:
             raise
         run.say(str(e))
         return [], []
-    if run.master and not run.args.dry_run:
-        run.memory = {**folders.remember(split), "before": memory.get("before", before)}
     if run.args.lr_dir:
         run.low = partners.find_partners([*pictures[0], *pictures[1]], run.args.lr_dir)
         pictures = [[p for p in paths if p in run.low] for paths in pictures]
     return pictures
+
+
+def from_first(run, make):
+    """What make() gives in the first process, and the InputError that it raises, in all of them: a long list is made once, and is the same everywhere."""
+    if run.world == 1:
+        return make()
+    box = [None, None]
+    if run.master:
+        try:
+            box[0] = make()
+        except (InputError, OSError) as e:
+            box[1] = str(e)
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[1]:
+        raise InputError(box[1])
+    return box[0]
 
 
 def validation_pictures(run, paths):

@@ -160,6 +160,24 @@ def test_another_number_of_processes_goes_on_with_the_same_pictures(photos, tmp_
         assert (a - b).abs().max() < 1e-4
 
 
+def test_the_list_is_made_once_for_all_processes(monkeypatch):
+    """In the first process, whose list and whose refusal are then everybody's: a folder that changes meanwhile, or looks otherwise there, changes nothing."""
+    sent = []
+    monkeypatch.setattr(training.dist, "broadcast_object_list", lambda box, **_: box.__setitem__(slice(None), sent) if sent else sent.extend(box))
+    first, second = (SimpleNamespace(world=2, master=rank == 0) for rank in range(2))
+
+    def never():
+        raise AssertionError("listed again")
+
+    def refused():
+        raise InputError("no folder DIR")
+    assert training.from_first(first, lambda: ([1, 2], [3])) == training.from_first(second, never) == ([1, 2], [3])
+    sent.clear()
+    for run, make in ((first, refused), (second, never)):
+        with pytest.raises(InputError, match="^no folder DIR$"):
+            training.from_first(run, make)
+
+
 def test_shared_out_weights_are_the_same_training(photos, tmp_path, whole):  # noqa: F811
     """--shard (FSDP) in two processes, resumed by one without it: the checkpoints are the same kind, and hold the run of one process."""
     flags = ["--dtype", "float32", "--gradient_accumulation_steps", 2, *FLOW]
