@@ -223,8 +223,6 @@ def main(argv=None):
     out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
     training.resolve_auto(args, out_dir, None)
     teacher, task, teacher_meta = load_teacher(args, out_dir)
-    if args.solver == "heun" and teacher.t_last < 1:
-        raise InputError("heun asks at the step's end too, which this teacher was not trained at when that is 1: euler, midpoint or ralston")
     if perceptual and not hasattr(teacher, "features"):
         raise InputError("--loss perceptual looks through the encoder of a flow of this project's U-Net, which this teacher is not")
     if perceptual and not task.condition:
