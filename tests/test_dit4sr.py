@@ -96,7 +96,7 @@ def folder(tmp_path):
 
 
 def flags(**over):
-    return argparse.Namespace(**{"prompt": None, "guidance": 3.0, "lora": 4, **over})
+    return argparse.Namespace(**{"autoencoder": None, "prompt": None, "guidance": 3.0, "lora": 4, **over})
 
 
 def open_teacher(folder, **over):
