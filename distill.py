@@ -187,6 +187,8 @@ def load_teacher(args, out_dir):
     if args.teacher and teachers.names_family(args.teacher):
         teacher, meta = teachers.load_teacher(args.teacher, args)
         return teacher, data.resolve_task(args, data.saved_task(meta["task"], args.teacher) if meta["task"] else None), meta
+    if args.autoencoder:
+        raise InputError(f"--autoencoder is for resshift:FILE and functions of yours: {args.teacher} says itself what it works in")
     if training.absent(args, args.teacher):
         task = data.resolve_task(args)
         with torch.device("meta"):

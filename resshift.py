@@ -406,14 +406,6 @@ class ResShift(Teacher):
     def path(self, t):
         return shift_path(t, self.schedule["kappa"]) if self.schedule else linear_path(t, self.sigma_p)
 
-    @torch.no_grad()
-    def to_latents(self, x):
-        return self.autoencoder.encode(x).float() if self.autoencoder else x
-
-    @torch.no_grad()
-    def to_pixels(self, z):
-        return self.autoencoder.decode(z).float() if self.autoencoder else z
-
     def predict(self, x_t, z_lr, t):
         if not self.schedule:
             return self.net(torch.cat([x_t, z_lr], dim=1), 999 * t)

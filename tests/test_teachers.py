@@ -1,6 +1,7 @@
 """Teachers that are not ours: conversions to v on closed forms, ResShift's networks against published outputs, files, students."""
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -232,8 +233,13 @@ def late_linear(t):  # where a network that predicts eps can be read: not at pur
     return (a, b, c), (0.9 * da, 0.9 * db, 0.9 * dc)
 
 
+def circle(t):  # a^2 + c^2 = 1, the diffusion schedule that "v" was made for
+    angle, nothing = math.pi / 2 * t, torch.zeros_like(t)
+    return (angle.sin(), nothing, angle.cos()), (math.pi / 2 * angle.cos(), nothing, -math.pi / 2 * angle.sin())
+
+
 @pytest.mark.parametrize("latent", [False, True])
-@pytest.mark.parametrize("predicts, path", [("x_1", lambda t: linear_path(t, 0.5)), ("eps", late_linear), ("noise_minus_clean", linear_path),
+@pytest.mark.parametrize("predicts, path", [("x_1", lambda t: linear_path(t, 0.5)), ("eps", late_linear), ("noise_minus_clean", linear_path), ("v", circle),
                                             ("velocity", lambda t: linear_path(t, 0.5)), ("x_1", lambda t: resshift.shift_path(t, 2.0))])
 def test_a_student_reaches_the_exact_map(predicts, path, latent):
     """Eq. (9) to (12) on a teacher in closed form, in pixels and through an invertible autoencoder: t = 1 within 2 %."""
@@ -423,3 +429,26 @@ def test_bring_your_own(tmp_path, monkeypatch):
         load_model(tmp_path / "s.safetensors")
     monkeypatch.setenv("OFTSR_FAMILIES", "bring_your_own:teacher")
     assert load_model(tmp_path / "s.safetensors")[0].one_step
+
+
+def test_a_network_of_your_own_in_latents(published, monkeypatch):
+    """--autoencoder with a function: pictures go in and out through it, and the student's file holds it; with what has its own it is refused."""
+    folder, args = published
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    monkeypatch.setitem(model.FAMILIES, "unet", model.FAMILIES["unet"])
+    teacher, _ = teachers.load_teacher("bring_your_own:teacher", args)
+    x_lr = torch.rand(1, 3, 16, 24) * 2 - 1
+    z_lr = teacher.to_latents(x_lr)
+    assert (teacher.factor, teacher.multiple) == (2, 2) and z_lr.shape == (1, 3, 8, 12) and torch.equal(z_lr, teacher.autoencoder.encode(x_lr))
+    student = teacher.student()
+    assert {n.split(".")[0] for n, p in student.named_parameters() if p.requires_grad} == {"net"}
+    save_release(folder / "s.safetensors", student, dict(stage="distill", task=None, step=0))
+    again = load_model(folder / "s.safetensors")[0]
+    x_1, nfe = tiles.restore(again, x_lr, 0.1, torch.arange(1), 1.0, tile=16, tile_pad=4)
+    assert again.one_step and again.factor == 2 and x_1.shape == x_lr.shape and nfe == 1
+    with pytest.raises(InputError, match="already"):
+        teacher.enter_latents(TINY_VQ)
+    del model.FAMILIES["bring_your_own:teacher"]
+    for spec in ("dit4sr:DIR", "weights.safetensors"):
+        with pytest.raises(InputError, match="--autoencoder is for resshift:FILE and functions of yours"):
+            distill.main(["--teacher", spec, "--autoencoder", args.autoencoder, "--device", "cpu"])
