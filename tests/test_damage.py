@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -101,10 +102,12 @@ def test_between_two_networks_and_nothing_between_others():
 
 @pytest.fixture
 def both(weights, tmp_path, monkeypatch):
-    """Both shipped students, tiny."""
+    """The shipped students, tiny: the clean one is another than that which the real one comes from."""
     save_release(tmp_path / "photos_real_x4.safetensors", other(load_model(weights / "distill.safetensors")[0]), dict(stage="distill", step=1, task=asdict(REAL_TASK)))
     monkeypatch.setattr(sample, "WEIGHTS", weights / "distill.safetensors")
+    shutil.copy(weights / "distill.safetensors", tmp_path / "photos_free_x4.safetensors")
     monkeypatch.setattr(sample, "REAL", tmp_path / "photos_real_x4.safetensors")
+    monkeypatch.setattr(sample, "FREE", tmp_path / "photos_free_x4.safetensors")
     sample._blend.cache_clear()
     yield tmp_path
     sample._blend.cache_clear()
@@ -126,6 +129,8 @@ def test_each_picture_has_its_network_and_says_why(both, monkeypatch, capsys):
         results[" ".join(flags)] = read_image("out.png").astype(int)
     same = lambda a, b: np.array_equal(results[a], results[b])
     assert same("--model real", "--model auto") and same("--model real", "--denoise 1") and same("--model clean", "--denoise 0")
+    assert json.loads(Image.open("out.png").text["oftsr"])["weights"] == "photos_real_x4.safetensors"
+    assert sample.weights_note(0.5) == dict(weights="photos_free_x4.safetensors+photos_real_x4.safetensors", denoise=0.5)
     assert not same("--model clean", "--model real") and not same("--denoise 0.5", "--model real") and not same("--denoise 0.5", "--model clean")
     assert json.loads(Image.open("restored/b_x4.png").text["oftsr"])["denoise"] == 1 and np.array_equal(read_image("restored/b_x4.png"), results["--model auto"])
 
