@@ -7,6 +7,7 @@
     python bench.py infer --size 1024       the shipped student's one step: ours, onnxruntime's and OpenVINO's, where they are installed
     python bench.py train                   an update of both stages: as published, and ours, and where its time goes
     python bench.py memory --size 128       what training keeps for the backward pass: GiB a picture, by preset and stage
+    python bench.py lora --size 512         what distilling a DiT4SR of the published size takes, GiB by part: worked out, without weights or a card
     python bench.py gpu                     on a graphics card: tests, sanitizers and all of the above on one page, to paste where others read it
     python bench.py degradation             the real world's degradation: ours, and one by one with OpenCV and a codec
 
@@ -480,17 +481,17 @@ def bench_train(device, preset, batch, size, steps, compiled):
 
 
 def kept_bytes(net, run):
-    """The bytes that autograd keeps for the backward pass of run(), the network's parameters aside."""
-    own, kept = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+    """The bytes that autograd keeps for the backward pass of run(), the network's parameters aside; of fake tensors, too."""
+    own, kept = {p.untyped_storage()._cdata for p in net.parameters()}, {}
 
     def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x  # which keeps its memory from being another's
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()  # which keeps its place from being another's
+        return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         graph = run()
     del graph
-    return sum(n for at, n in kept.items() if at not in own)
+    return sum(storage.nbytes() for at, storage in kept.items() if at not in own)
 
 
 def memory_of(preset, size, dtype):
@@ -518,6 +519,54 @@ def bench_memory(dtype, only, size):
             side = sides.get(preset, 128)
             row = [n * (side / size) ** 2 / 2**30 for n in memory_of(preset, size, dtype)]
             print(f"{preset:12}{side:>8}" + "".join(f"{n:>{w}.3f}" for n, w in zip(row, (10, 10, 11))), flush=True)
+
+
+def as_shapes(net, frozen):
+    """Give a network that lies on the meta device parameters of the CPU that have a shape and no memory (under FakeTensorMode): trained ones in float32, others in `frozen`."""
+    for module in net.modules():
+        for name, p in [*module._parameters.items()]:
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=torch.float32 if p.requires_grad else frozen), requires_grad=p.requires_grad)
+        for name, b in [*module._buffers.items()]:
+            module._buffers[name] = torch.empty(b.shape)
+    return net
+
+
+def lora_memory(teacher, size, frozen=torch.bfloat16):
+    """Bytes that a student of a DiT4SR on the meta device keeps for the backward pass of one evaluation under autocast: (of a picture, and with --grad_checkpoint), size x size."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    used, student, side = [], teacher.student(), size // teacher.factor
+    with FakeTensorMode():
+        as_shapes(student, frozen)
+        for again in (False, True):
+            for block in student.net.transformer_blocks:
+                block.recompute = again
+            counts = []
+            for batch in (1, 2):
+                x_in, t = torch.empty(batch, 2 * teacher.latent_channels, side, side), torch.empty(batch)
+                with torch.autocast("cpu", torch.bfloat16):
+                    counts.append(kept_bytes(student, lambda: student(x_in, t)))
+            used.append(counts[1] - counts[0])
+    return used
+
+
+def bench_lora(rank, size):
+    """Prints what distill.py --teacher dit4sr:DIR --lora RANK takes on a card, GiB by part: counted on shapes, as autograd saves them; not measured on a card."""
+    from dit4sr import MEDIUM, PROMPT_TOKENS, VAE, DiT4SR
+    teacher = DiT4SR(MEDIUM, VAE, PROMPT_TOKENS, guidance=8.0, lora=rank)
+    count = lambda net, trained: sum(p.numel() for p in net.parameters() if p.requires_grad == trained)
+    adapters, network = count(teacher.student(), True), count(teacher.net, False)
+    frozen, learnt, everything = 2 * count(teacher, False), 5 * 4 * adapters, 2 * count(teacher, False) + 5 * 4 * network
+    picture, again = lora_memory(teacher, size)
+    room, gib = 0.9 * 79 * 2**30, lambda n: f"{n / 2**30:.2f}"
+    print(f"GiB to distil a DiT4SR at {size} x {size}, adapters of rank {rank}: worked out from shapes, autocast to bfloat16, torch {torch.__version__}")
+    print(f"{gib(frozen):>8}  frozen weights in bfloat16, {network:,} and the autoencoder's, shared by teacher, student and average")
+    print(f"{gib(learnt):>8}  {adapters:,} values of adapters, their gradient, two moments and average in float32")
+    print("          a picture, kept for the backward pass, and the pictures that fit beside the above in nine tenths of an 80 GB card's 79 GiB:")
+    again += picture / MEDIUM["num_layers"]  # the block that is made again
+    for n, how in ((3 * picture, "the three evaluations in one batch"), (picture, "--in_turn"), (3 * again, "in one batch, --grad_checkpoint"), (again, "--in_turn --grad_checkpoint")):
+        print(f"{gib(n):>8}  {int((room - frozen - learnt) // n):>4}  {how}", flush=True)
+    print(f"{gib(everything):>8}  for comparison, before any picture: all of the network trained in float32, beside the frozen teacher")
 
 
 # --- the real world's degradation ---
@@ -595,14 +644,15 @@ def bench_degradation(device, size, scale=4, count=64):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=["kernels", "model", "infer", "train", "memory", "degradation", "gpu"])
+    parser.add_argument("what", choices=["kernels", "model", "infer", "train", "memory", "lora", "degradation", "gpu"])
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a card; gpu: cpu tries the report, small")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in; memory: of the arithmetic")
     parser.add_argument("--only", default="", help="kernels, memory, gpu: those whose name contains this")
     parser.add_argument("--equal_only", action="store_true", help="kernels: compare with the references, and stop")
-    parser.add_argument("--size", type=in_range(int, 16), help="height and width of the pictures (default: 256; degradation: 128)")
+    parser.add_argument("--size", type=in_range(int, 16), help="height and width of the pictures (default: 256; memory, train, degradation: 128; lora: 512)")
     parser.add_argument("--model", default="photos", choices=[name for name, config in model.PRESETS.items() if "family" not in config], help="train: network preset")
     parser.add_argument("--ckpt", default=str(sample.WEIGHTS), help="infer: the network to run (default: the shipped student)")
+    parser.add_argument("--lora", type=in_range(int, 1), default=64, help="lora: rank of the adapters")
     parser.add_argument("--batch", type=in_range(int, 1), default=4, help="train: pictures an update")
     parser.add_argument("--steps", type=in_range(int, 1), default=10, help="train: updates to take the median of")
     parser.add_argument("--compile", action="store_true", help="train: both stages under torch.compile, too")
@@ -622,6 +672,8 @@ def main(argv=None):
         bench_train(args.device, args.model, args.batch, args.size or 128, args.steps, args.compile)
     elif args.what == "memory":
         bench_memory(getattr(torch, args.dtype), args.only, args.size or 128)
+    elif args.what == "lora":
+        bench_lora(args.lora, args.size or 512)
     else:
         bench_degradation(args.device, args.size or 128)
 

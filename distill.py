@@ -187,6 +187,8 @@ def load_teacher(args, out_dir):
     if args.teacher and teachers.names_family(args.teacher):
         teacher, meta = teachers.load_teacher(args.teacher, args)
         return teacher, data.resolve_task(args, data.saved_task(meta["task"], args.teacher) if meta["task"] else None), meta
+    if args.autoencoder:
+        raise InputError(f"--autoencoder is for resshift:FILE and functions of yours: {args.teacher} says itself what it works in")
     if training.absent(args, args.teacher):
         task = data.resolve_task(args)
         with torch.device("meta"):
@@ -223,8 +225,6 @@ def main(argv=None):
     out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
     training.resolve_auto(args, out_dir, None)
     teacher, task, teacher_meta = load_teacher(args, out_dir)
-    if args.solver == "heun" and teacher.t_last < 1:
-        raise InputError("heun asks at the step's end too, which this teacher was not trained at when that is 1: euler, midpoint or ralston")
     if perceptual and not hasattr(teacher, "features"):
         raise InputError("--loss perceptual looks through the encoder of a flow of this project's U-Net, which this teacher is not")
     if perceptual and not task.condition:

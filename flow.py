@@ -28,12 +28,19 @@ def mean_slope(model, x_in, v1, t, dt, solver):
     """The slope (x_s - x_t) / dt of one solver step from t to s = t + dt: v1, the velocity at t, for Euler; else second order.
 
     x_in = concat(x_t, x_lr) (B, 6, H, W), unchanged; v1 (B, 3, H, W); t, dt (B,); solver euler, midpoint, ralston, heun.
+    Euler's too where the second velocity would be of a time after model.t_last.
     """
     if solver == "euler":
         return v1
     alpha = RK2_NODES[solver]
     v2 = model(euler_step_(x_in.clone(), v1, alpha * dt), t + alpha * dt)
-    return v1 + (v2 - v1) / (2 * alpha)
+    late = after(t + alpha * dt, model).view(-1, 1, 1, 1)
+    return torch.where(late, v1, v1 + (v2 - v1) / (2 * alpha))
+
+
+def after(t, model):
+    """Whether t, a number or (B,), is later than the last time that a model was trained at (teachers.Teacher.t_last)."""
+    return t > getattr(model, "t_last", 1.0) + 1e-6
 
 
 def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1.0):
@@ -41,7 +48,8 @@ def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1
 
     solver "euler", or second-order "midpoint", "ralston", "heun", in equal steps, `steps` of which would lead to 1;
     or the adaptive "rk45" with rtol and atol. Before 1 it is carried on by its mean velocity so far,
-    x_1^t = x_0 + (x_t - x_0) / t, which is what a student that fulfils Eq. (7) says at t. Returns
+    x_1^t = x_0 + (x_t - x_0) / t, which is what a student that fulfils Eq. (7) says at t. After model.t_last, where it was
+    not trained, steps are Euler's, towards what it predicts; rk45 takes one. Returns
     (x_1^t (B, C, H, W), the number of function evaluations: calls of model, twice as many where each is guided).
     """
     evaluations = getattr(model, "evaluations", 1)
@@ -56,13 +64,16 @@ def integrate(model, x_in, solver="midpoint", steps=8, rtol=1e-3, atol=1e-3, t=1
         return model(x_in, _times(x_in, t))
 
     if solver == "rk45":
-        _rk45(v, x_in, rtol, atol, t)
+        end = min(t, getattr(model, "t_last", 1.0))
+        _rk45(v, x_in, rtol, atol, end)
+        if end < t:
+            euler_step_(x_in, v(end), t - end)
     else:
         steps = math.ceil(round(steps * t, 6))
         alpha, dt = RK2_NODES.get(solver), t / steps
         for i in range(steps):
             v1 = v(i * dt)
-            if solver == "euler":
+            if solver == "euler" or after((i + alpha) * dt, model):
                 euler_step_(x_in, v1, dt)
             else:
                 euler_step_(x_in, v1, alpha * dt)

@@ -92,6 +92,8 @@ def build(config):
         return find_family(name)(**config)
     teacher = find_family(name)()  # somebody's own function: its teacher, or the student of that
     teacher.config = {"family": name, **config}
+    if config.get("autoencoder"):
+        teacher.enter_latents(config["autoencoder"])
     return teacher.student() if config.get("one_step") else teacher
 
 

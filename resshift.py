@@ -96,6 +96,13 @@ class WindowAttention(nn.Module):
         return self.proj(h.unflatten(1, (n, self.heads)).transpose(2, 3).reshape(B, n, N, C))
 
 
+class Norm(nn.GroupNorm):
+    """GroupNorm of planes in order: in bfloat16 on a CPU PyTorch's backward pass takes 14 times as long with the channels last."""
+
+    def forward(self, x):
+        return super().forward(x.contiguous())
+
+
 class SwinBlock(nn.Module):
     """Attention within windows, moved by `shift` on both axes, then an MLP: x (B, C, H, W), any H and W.
 
@@ -105,7 +112,7 @@ class SwinBlock(nn.Module):
     def __init__(self, channels, window, heads, shift, mlp_ratio):
         super().__init__()
         self.window, self.shift = window, shift
-        self.norm1, self.norm2 = nn.GroupNorm(32, channels), nn.GroupNorm(32, channels)
+        self.norm1, self.norm2 = Norm(32, channels), Norm(32, channels)
         self.attn = WindowAttention(channels, window, heads)
         self.mlp = nn.ModuleDict({"fc1": nn.Conv2d(channels, mlp_ratio * channels, 1), "fc2": nn.Conv2d(mlp_ratio * channels, channels, 1)})
 
@@ -398,14 +405,6 @@ class ResShift(Teacher):
 
     def path(self, t):
         return shift_path(t, self.schedule["kappa"]) if self.schedule else linear_path(t, self.sigma_p)
-
-    @torch.no_grad()
-    def to_latents(self, x):
-        return self.autoencoder.encode(x).float() if self.autoencoder else x
-
-    @torch.no_grad()
-    def to_pixels(self, z):
-        return self.autoencoder.decode(z).float() if self.autoencoder else z
 
     def predict(self, x_t, z_lr, t):
         if not self.schedule:

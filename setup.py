@@ -77,7 +77,7 @@ setup(**{
     "entry_points": {"console_scripts": ["oftsr = oftsr.sample:program"]},
     "cmdclass": {"build_py": BuildPackage},
     "install_requires": ["torch>=2.10", "numpy", "pillow>=10.1", "tifffile", "imagecodecs", "safetensors", "tqdm", "ninja", "lpips", "scipy"],
-    "extras_require": {"test": ["pytest", "hypothesis", "matplotlib", "onnx", "onnxscript", "onnxruntime", "gradio>=6", "playwright", "clean-fid", "scikit-image", "pillow-heif", "tensorboard"], "iqa": ["pyiqa", "clean-fid", "setuptools<81"],  # the CLIP that pyiqa imports wants pkg_resources
+    "extras_require": {"test": ["pytest", "hypothesis", "matplotlib", "onnx", "onnxscript", "onnxruntime", "gradio>=6", "playwright", "clean-fid", "scikit-image", "pillow-heif", "tensorboard", "diffusers", "peft"], "iqa": ["pyiqa", "clean-fid", "setuptools<81"],  # the CLIP that pyiqa imports wants pkg_resources
                        "demo": ["gradio>=6"], "sd3": ["diffusers", "peft"], "export": ["onnx", "onnxscript"], "heif": ["pillow-heif"], "jxl": ["pillow-jxl-plugin"], "plot": ["matplotlib"], "boards": ["tensorboard", "wandb"]},
     **kernels(),
 })

@@ -1,6 +1,6 @@
 """Networks that are not ours, as v(x_in, t): what they predict turned into a velocity, and what a student of theirs needs to know.
 
-    teacher = load_teacher("resshift:FILE", autoencoder="FILE")     # or "mypackage.module:function"
+    teacher, meta = load_teacher("resshift:FILE", args)     # or "dit4sr:DIR", or "mypackage.module:function"; args: the flags of add_teacher_flags
     v = teacher(x_in, t)          # x_in = concat(x_t, z_lr): (B, 2C, h, w), t: (B,) in [0, 1] -> v: (B, C, h, w)
 
 A family is a subclass of Teacher, named in model.FAMILIES: that table is the one place to add one. A network without a
@@ -121,7 +121,7 @@ class Teacher(nn.Module):
         super().__init__()
         if predicts not in PREDICTS:
             raise InputError(f"a teacher predicts one of {', '.join(PREDICTS)}, not {predicts!r}")
-        self.net, self.predicts, self.one_step, self.config = net, predicts, one_step, {}
+        self.net, self.predicts, self.one_step, self.config, self.autoencoder = net, predicts, one_step, {}, None
         if path:
             self.path = path
 
@@ -131,11 +131,23 @@ class Teacher(nn.Module):
     def predict(self, x_t, z_lr, t):
         return self.net(x_t, z_lr, t)
 
-    def to_latents(self, x):
-        return x
+    def enter_latents(self, autoencoder):
+        """Work in the latents of a resshift.VQAutoencoder of those arguments from now on: a network of one's own that was trained there. Raises InputError if it does already."""
+        from resshift import VQAutoencoder
+        if self.factor != 1:
+            raise InputError("--autoencoder: this teacher works in latents of its own already")
+        self.autoencoder = VQAutoencoder(**autoencoder).requires_grad_(False)
+        self.factor = self.autoencoder.factor
+        self.multiple *= self.factor
+        self.width = self.width / self.factor**2 + sum(autoencoder["channels"] * mult / 4**level for level, mult in enumerate(autoencoder["mults"]))
 
+    @torch.no_grad()
+    def to_latents(self, x):
+        return self.autoencoder.encode(x).float() if self.autoencoder else x
+
+    @torch.no_grad()
     def to_pixels(self, z):
-        return z
+        return self.autoencoder.decode(z).float() if self.autoencoder else z
 
     def start(self, z_lr, sigma_p, seeds, corner=(0, 0)):
         """concat(x_0, z_lr), the path's point at t = 0 with z_lr for x_1: z_lr (B, C, h, w), seeds (B,) int64 -> (B, 2C, h, w).
@@ -178,7 +190,7 @@ class Teacher(nn.Module):
 def add_teacher_flags(parser):
     """What a teacher of another family needs beside --teacher."""
     g = parser.add_argument_group("teachers of other families")
-    g.add_argument("--autoencoder", help="resshift: the file of its autoencoder (without one it works on pictures)")
+    g.add_argument("--autoencoder", help="resshift, or a function of yours: the file of ResShift's autoencoder, in whose latents it works (without one it works on pictures)")
     g.add_argument("--lora", type=in_range(int, 1, 4096), default=64, help="dit4sr: rank of the student's adapters (default: 64)")
     g.add_argument("--guidance", type=in_range(float, 1, 100), default=8.0, help="dit4sr: scale of its classifier-free guidance, two evaluations a step; 1 is none (default: 8, its published sampler's)")
     g.add_argument("--prompt", metavar="FILE", help="dit4sr: the .safetensors of its prompt's embeddings (default: prompt.safetensors in its folder)")
@@ -199,6 +211,8 @@ def load_teacher(spec, args):
     """
     head, _, tail = spec.partition(":")
     meta = {"task": None, "step": None}
+    if args.autoencoder and head in FAMILIES and head != "resshift":
+        raise InputError(f"--autoencoder is for resshift:FILE and functions of yours: {spec} has its own")
     if head in FAMILIES:
         family = find_family(head)
         if not hasattr(family, "published"):
@@ -209,8 +223,11 @@ def load_teacher(spec, args):
         else:
             teacher, meta = family.published(tail, args)
     else:
+        from resshift import VQ_F4, fill_autoencoder
         FAMILIES[spec] = spec
-        teacher = build({"family": spec})
+        teacher = build({"family": spec, **({"autoencoder": dict(VQ_F4, mults=list(VQ_F4["mults"]))} if args.autoencoder else {})})
+        if args.autoencoder and not (getattr(args, "dry_run", False) and not Path(args.autoencoder).is_file()):
+            fill_autoencoder(teacher, args.autoencoder)
     return teacher.eval().requires_grad_(False), meta
 
 

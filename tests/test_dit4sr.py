@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import bench
 import distill
 import evaluate
 import sample
@@ -95,7 +96,7 @@ def folder(tmp_path):
 
 
 def flags(**over):
-    return argparse.Namespace(**{"prompt": None, "guidance": 3.0, "lora": 4, **over})
+    return argparse.Namespace(**{"autoencoder": None, "prompt": None, "guidance": 3.0, "lora": 4, **over})
 
 
 def open_teacher(folder, **over):
@@ -255,3 +256,19 @@ def test_without_the_libraries_it_is_one_line():
     code = "import sys; sys.modules['diffusers'] = None; from model import find_family; find_family('dit4sr')"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith("console.InputError: a DiT4SR needs diffusers and peft: pip install -e '.[sd3]'")
+
+
+def test_the_memory_is_what_autograd_keeps(folder, monkeypatch, capsys):
+    """bench.py lora's count on shapes alone is that of a network that is there; its command runs through, small."""
+    teacher = open_teacher(folder)
+    student, kept = teacher.student(), []
+    for batch in (1, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            kept.append(bench.kept_bytes(student, lambda: student(torch.zeros(batch, 32, 16, 16), torch.full((batch,), 0.5))))
+    counted = bench.lora_memory(dit4sr.DiT4SR(**{k: v for k, v in teacher.config.items() if k != "family"}), 32, frozen=torch.float32)
+    assert counted[0] == kept[1] - kept[0] and 0 < counted[1] < counted[0] / 5
+    monkeypatch.setattr(dit4sr, "MEDIUM", SMALL)
+    monkeypatch.setattr(dit4sr, "VAE", TINY_VAE)
+    bench.main(["lora", "--lora", "4", "--size", "32"])
+    said = capsys.readouterr().out
+    assert "adapters of rank 4" in said and said.count("--grad_checkpoint") == 2

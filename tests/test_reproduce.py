@@ -40,6 +40,7 @@ PAPER = {
     "ffhq512_x4": ((0.1, 0, "bicubic", 4, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
     "ffhq512_x8": ((0.1, 0, "bicubic", 8, 512, "center", "l1", 0.5, 0.06), (32, 30_000, 1e-4), (16, 10_000, 1e-4)),
     "realsr": ((0.2, 0, "real", 4, 256, "center", "l1", 0.5, 0.06), (32, 100_000, 1e-4), (32, 20_000, 1e-4)),  # sigma_p and these are ours: the paper does not say
+    "realsr512 --teacher": ((0.2, 0, "real", 4, 512, "random", "l1", 0.5, 0.06), None, (32, 20_000, 1e-4)),  # from DiT4SR, which has no sigma_p; batch, length and rate are ours
     "imagenet --teacher": ((0.2, 0, "bicubic", 4, 256, "center", "l1", 0.5, 0.06), None, (32, 5_000, 1e-4)),  # Table 9, from ResShift
     "ffhq_uncond": ((1.0, 0, "bicubic", 4, 256, "center", "l2", 0, 0), (32, 100_000, 1e-4), None),
     "ffhq_uncond --loss": ((1.0, 0, "bicubic", 4, 256, "center", "l1", 0, 0), (32, 100_000, 1e-4), None),

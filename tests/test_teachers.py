@@ -1,6 +1,7 @@
 """Teachers that are not ours: conversions to v on closed forms, ResShift's networks against published outputs, files, students."""
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -133,6 +134,36 @@ def test_resshift_flow_keeps_the_marginals():
     assert max(sizes) < 3 * min(sizes)
 
 
+@pytest.mark.parametrize("kappa, min_noise, s, tolerance", [(0.2, 0.02, 0.3, 0.004), (0.2, 0.02, 0.03, 0.04), (2.0, 0.04, 0.3, 0.04)])
+def test_resshift_flow_is_well_scaled_for_every_solver(kappa, min_noise, s, tolerance):
+    """z_1 ~ N(.1, s^2), the network its exact mean, at 15 steps: v keeps its size up to t_last, solvers converge at their order,
+    and those that ask at a step's end too, where the network was not trained, do no worse than others."""
+    schedule = dict(steps=15, kappa=kappa, min_noise=min_noise, power=0.3)
+    teacher = ResShift(TINY, {**schedule, "pixels": True})
+
+    def mean(z, z_lr, step, tau):
+        eta = resshift.sqrt_eta(step, **schedule).view(-1, 1, 1, 1) ** 2
+        return 0.1 + (1 - eta) * s**2 / ((1 - eta) ** 2 * s**2 + kappa**2 * eta) * (z - 0.1 * (1 - eta) - eta * z_lr)
+
+    teacher.clean = mean
+    n, z_lr = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.full((1, 3, 16, 16), -0.05)
+    def at(t):
+        eta = resshift.SQRT_ETA_END**2 * (1 - t) ** 2
+        return torch.cat([0.1 * (1 - eta) + eta * z_lr + ((1 - eta) ** 2 * s**2 + kappa**2 * eta) ** 0.5 * n, z_lr], 1)
+
+    error = lambda solver, steps: ((integrate(teacher, at(0).clone(), solver, steps)[0] - 0.1 - s * n).square().mean().sqrt() / s).item()
+    assert max(teacher(at(t), tensor(t)).square().mean().sqrt() for t in (0.0, 0.3, 0.6, 0.9, teacher.t_last)) < 2.2 * kappa
+    assert error("euler", 32) < 0.62 * error("euler", 16) and error("midpoint", 16) < 0.35 * error("midpoint", 8)
+    for solver in ("midpoint", "ralston", "heun"):
+        assert error(solver, 32) < tolerance
+    t = tensor(0.9).float()  # and distillation's own step to the end is a jump to the prediction
+    v = teacher(at(0.9), t)
+    assert torch.equal(mean_slope(teacher, at(0.9), v, t, 1 - t, "heun"), v)
+    assert not torch.equal(mean_slope(teacher, at(0.5), v, t - 0.4, 1 - t, "heun"), v)
+    x_1, nfe = integrate(teacher, at(0).clone(), "rk45")
+    assert (x_1 - 0.1 - s * n).square().mean().sqrt() < tolerance * s and nfe < 40
+
+
 def test_guidance_is_one_batch():
     calls = []
     def predict():
@@ -202,8 +233,13 @@ def late_linear(t):  # where a network that predicts eps can be read: not at pur
     return (a, b, c), (0.9 * da, 0.9 * db, 0.9 * dc)
 
 
+def circle(t):  # a^2 + c^2 = 1, the diffusion schedule that "v" was made for
+    angle, nothing = math.pi / 2 * t, torch.zeros_like(t)
+    return (angle.sin(), nothing, angle.cos()), (math.pi / 2 * angle.cos(), nothing, -math.pi / 2 * angle.sin())
+
+
 @pytest.mark.parametrize("latent", [False, True])
-@pytest.mark.parametrize("predicts, path", [("x_1", lambda t: linear_path(t, 0.5)), ("eps", late_linear), ("noise_minus_clean", linear_path),
+@pytest.mark.parametrize("predicts, path", [("x_1", lambda t: linear_path(t, 0.5)), ("eps", late_linear), ("noise_minus_clean", linear_path), ("v", circle),
                                             ("velocity", lambda t: linear_path(t, 0.5)), ("x_1", lambda t: resshift.shift_path(t, 2.0))])
 def test_a_student_reaches_the_exact_map(predicts, path, latent):
     """Eq. (9) to (12) on a teacher in closed form, in pixels and through an invertible autoencoder: t = 1 within 2 %."""
@@ -345,6 +381,28 @@ def test_a_checkpoint_does_not_choose_what_code_runs():
         build({"family": "unknown"})
 
 
+def test_the_example_that_trains_a_resshift(tmp_path, monkeypatch):
+    """It writes a teacher with its own schedule, whatever --chain says, and all of the training, from which it goes on exactly."""
+    from PIL import Image
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    monkeypatch.setitem(model.PRESETS["resshift_small"], "net", TINY)
+    import train_resshift
+    for i in range(3):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    train = lambda name, steps, kappa="0.2": train_resshift.main([
+        "--data_dir", str(tmp_path), "--image_size", "16", "--batch_size", "1", "--steps", "15", "--kappa", kappa, "--min_noise", "0.02", "--loss", "velocity",
+        "--optimizer", "muon", "--max_iters", "4", "--stop_at", str(steps), "--keep_every", "2", "-o", str(tmp_path / name)])
+    train("at_once.safetensors", 4)
+    train("in_two.safetensors", 2)
+    assert not (tmp_path / "in_two.safetensors").exists()
+    with pytest.raises(SystemExit, match="another network or schedule"):
+        train("in_two.safetensors", 4, "0.3")
+    train("in_two.safetensors", 4)
+    first, second = (teachers.load_teacher(f"resshift:{tmp_path / name}", argparse.Namespace(autoencoder=None, chain=4))[0] for name in ("at_once.safetensors", "in_two.safetensors"))
+    assert first.schedule == dict(steps=15, kappa=0.2, min_noise=0.02, power=0.3, pixels=True)
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
 def test_bring_your_own(tmp_path, monkeypatch):
     """README's example, small: its teacher is distilled, and its student restores once its function is named."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
@@ -363,3 +421,26 @@ def test_bring_your_own(tmp_path, monkeypatch):
         load_model(tmp_path / "s.safetensors")
     monkeypatch.setenv("OFTSR_FAMILIES", "bring_your_own:teacher")
     assert load_model(tmp_path / "s.safetensors")[0].one_step
+
+
+def test_a_network_of_your_own_in_latents(published, monkeypatch):
+    """--autoencoder with a function: pictures go in and out through it, and the student's file holds it; with what has its own it is refused."""
+    folder, args = published
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    monkeypatch.setitem(model.FAMILIES, "unet", model.FAMILIES["unet"])
+    teacher, _ = teachers.load_teacher("bring_your_own:teacher", args)
+    x_lr = torch.rand(1, 3, 16, 24) * 2 - 1
+    z_lr = teacher.to_latents(x_lr)
+    assert (teacher.factor, teacher.multiple) == (2, 2) and z_lr.shape == (1, 3, 8, 12) and torch.equal(z_lr, teacher.autoencoder.encode(x_lr))
+    student = teacher.student()
+    assert {n.split(".")[0] for n, p in student.named_parameters() if p.requires_grad} == {"net"}
+    save_release(folder / "s.safetensors", student, dict(stage="distill", task=None, step=0))
+    again = load_model(folder / "s.safetensors")[0]
+    x_1, nfe = tiles.restore(again, x_lr, 0.1, torch.arange(1), 1.0, tile=16, tile_pad=4)
+    assert again.one_step and again.factor == 2 and x_1.shape == x_lr.shape and nfe == 1
+    with pytest.raises(InputError, match="already"):
+        teacher.enter_latents(TINY_VQ)
+    del model.FAMILIES["bring_your_own:teacher"]
+    for spec in ("dit4sr:DIR", "weights.safetensors"):
+        with pytest.raises(InputError, match="--autoencoder is for resshift:FILE and functions of yours"):
+            distill.main(["--teacher", spec, "--autoencoder", args.autoencoder, "--device", "cpu"])
