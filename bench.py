@@ -6,6 +6,8 @@
     python bench.py model                   the published FFHQ network's one step: as published, and ours
     python bench.py infer --size 1024       the shipped student's one step: ours, onnxruntime's and OpenVINO's, where they are installed
     python bench.py train                   an update of both stages: as published, and ours, and where its time goes
+    python bench.py data                    pictures a second and core of the loader, from files and from tars, beside PIL in plain form and what a network needs
+    python bench.py data --data_dir DIR     the same of pictures of yours
     python bench.py memory --size 128       what training keeps for the backward pass: GiB a picture, by preset and stage
     python bench.py lora --size 512         what distilling a DiT4SR of the published size takes, GiB by part: worked out, without weights or a card
     python bench.py gpu                     on a graphics card: tests, sanitizers and all of the above on one page, to paste where others read it
@@ -22,9 +24,12 @@ import copy
 import math
 import os
 import statistics
+import tarfile
+import tempfile
 import time
 import types
 from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make every time a multiple of the scheduler's slice
 
@@ -33,13 +38,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import numpy as np
+from PIL import Image
 
 import data
 import distill
+import folders
 import gpu_report
 import kernels
 import model
 import sample
+import shards
 import training
 from console import in_range
 from degradations import degrade, draw, real, to_float, uniforms
@@ -185,8 +193,8 @@ def synchronise(device):
         torch.cuda.synchronize()
 
 
-def clock(functions, sets, device, seconds=0.25, least=5):
-    """Milliseconds of each function on the argument sets in turn: [(min, median, max)].
+def clock(functions, sets, device, seconds=0.25, least=5, now=time.perf_counter):
+    """Milliseconds of each function on the argument sets in turn, by that clock: [(min, median, max)].
 
     The functions take turns, so that a busy moment of the machine strikes all of them.
     """
@@ -198,10 +206,10 @@ def clock(functions, sets, device, seconds=0.25, least=5):
         for i, f in enumerate(functions):
             args = sets[(len(times[0]) + i) % len(sets)]
             synchronise(device)
-            start = time.perf_counter()
+            start = now()
             f(*args)
             synchronise(device)
-            times[i].append(1e3 * (time.perf_counter() - start))
+            times[i].append(1e3 * (now() - start))
     return [(min(t), sorted(t)[len(t) // 2], max(t)) for t in times]
 
 
@@ -477,6 +485,85 @@ def bench_train(device, preset, batch, size, steps, compiled):
         print(f"peak memory of all of it {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
+# --- pictures for training ---
+
+H100 = 989  # TFLOP/s that NVIDIA states for dense bfloat16 products on an H100 SXM
+REACHED = 0.4  # the share of it that a training reaches, assumed
+
+
+class PlainPictures(torch.utils.data.Dataset):
+    """As one writes it with Pillow, the middle of every picture: item (index, n) is (3, S, S) uint8 and n."""
+
+    def __init__(self, paths, size):
+        self.paths, self.size = paths, size
+
+    def __getitem__(self, key):
+        image = data.center_crop(Image.open(self.paths[key[0]]).convert("RGB"), self.size)
+        return torch.from_numpy(np.array(image).transpose(2, 0, 1)), key[1]
+
+
+def example_pictures(folder, count=16):
+    """Folders of pictures as data sets have them, made of those in assets/: {what they are: folder}."""
+    sources = [Image.fromarray(read_image(p)) for p in sorted(data.ASSETS.glob("*.png"))]
+    found = {}
+    for name, size, ending, options in (("JPEG 500 x 375, as ImageNet's", (500, 375), "jpg", dict(quality=95)), ("PNG 1024 x 1024, as FFHQ's", (1024, 1024), "png", {}),
+                                        ("PNG 256 x 256, reduced before", (256, 256), "png", {})):
+        found[name] = folder / str(len(found)) / "train"
+        found[name].mkdir(parents=True)
+        for i in range(count):
+            im = sources[i % len(sources)]
+            im.rotate(i, Image.BICUBIC).resize(size, Image.BICUBIC).save(found[name] / f"{i:03}.{ending}", **options)
+    return found
+
+
+def bench_data(preset, data_dir, workers, size, seconds=3, batch=8):
+    """Pictures a second that one core, and `workers` processes, make ready, centre crops of size x size, the latter by the clock; and what the network `preset` would take."""
+    torch.set_num_threads(1)
+    task = replace(data.TASKS["photos"], image_size=size, crop="center", hflip=0.0, vflip=0.0, enlarge=True)
+    with tempfile.TemporaryDirectory() as tmp:
+        rows = []  # what, loader of batches, is it plain
+        for name, folder in ({str(data_dir): data_dir} if data_dir else example_pictures(Path(tmp))).items():
+            split = data.find_split(task, folder)
+            sources = {"files": folders.Files(split.folder, split.train)}
+            if any(shards.outer(f) for f in split.train):
+                sources = {"tars": sources["files"]}
+            elif not data_dir:
+                with tarfile.open(folder.parent / "train.tar", "w") as tar:
+                    for f in split.train:
+                        tar.add(split.folder / f, f)
+                sources["tars"] = folders.Files(folder.parent / "train.tar", split.train)
+            loaders = []
+            if "files" in sources:
+                order = data.Order(len(split.train), 0)
+                loaders.append(("PIL in plain form", iter(torch.utils.data.DataLoader(PlainPictures(sources["files"], size), batch, sampler=order))))
+            loaders += [(f"ours, {what}", data.training_batches(paths, task, 0, batch, 0, 0, 1, 0)) for what, paths in sources.items()]
+            firsts = [next(loader) for _, loader in loaders]
+            if any(not torch.equal(a, b) for first in firsts[1:] for a, b in zip(first, firsts[0])):
+                raise SystemExit(f"the results do not match: {name}")
+            print(f"all results match: {name}", flush=True)
+            rows.append((name, loaders, data.training_batches([*sources.values()][-1], task, 0, batch, 0, 0, 1, workers) if workers else None))
+        print(f"\ncentre crops of {size} x {size}, torch {torch.__version__}; pictures a second of a core's own time, min / median / max")
+        best = {}
+        for name, loaders, many in rows:
+            print(name)
+            columns = clock([lambda loader=loader: next(loader) for _, loader in loaders], [()], "cpu", seconds=seconds, least=8, now=time.process_time)
+            for (what, _), (low, median, high) in zip(loaders, columns):
+                best[name] = 1e3 * batch / median
+                print(f"  {what:30}{1e3 * batch / high:>9.1f} {best[name]:>9.1f} {1e3 * batch / low:>9.1f}", flush=True)
+            if workers:
+                begin, count = None, 0
+                while begin is None or time.perf_counter() - begin < seconds:
+                    next(many)
+                    count, begin = (0, time.perf_counter()) if begin is None and count >= 2 * workers else (count + 1, begin)  # not what was ready
+                print(f"  {f'{what}, {workers} processes':30}{'':>10}{batch * count / (time.perf_counter() - begin):>9.1f}", flush=True)
+    with torch.device("meta"):
+        macs = model.count_macs(model.UNet(**model.network_config(preset, True, SIGMA_P, 0.16)), size, size)
+    need = REACHED * H100 * 1e12 / (6 * macs)
+    print(f"\narithmetic, nothing measured: an update of {preset} (stage 1) takes 3 x 2 x {macs / 1e9:.1f} GMACs = {6 * macs / 1e12:.2f} TFLOP a picture, forward once and backward twice;\n"
+          f"an H100 at {100 * REACHED:.0f} % of the {H100} TFLOP/s that are stated for it trains {need:.0f} pictures a second: with 8 cores a card {need / 8:.0f} a core, with 16 {need / 16:.0f};")
+    print("in cores like this one: " + ", ".join(f"{need / rate:.1f} of {name.split(',')[0]}" for name, rate in best.items()))
+
+
 # --- memory ---
 
 
@@ -644,13 +731,15 @@ def bench_degradation(device, size, scale=4, count=64):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=["kernels", "model", "infer", "train", "memory", "lora", "degradation", "gpu"])
+    parser.add_argument("what", choices=["kernels", "model", "infer", "train", "data", "memory", "lora", "degradation", "gpu"])
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a card; gpu: cpu tries the report, small")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in; memory: of the arithmetic")
     parser.add_argument("--only", default="", help="kernels, memory, gpu: those whose name contains this")
     parser.add_argument("--equal_only", action="store_true", help="kernels: compare with the references, and stop")
     parser.add_argument("--size", type=in_range(int, 16), help="height and width of the pictures (default: 256; memory, train, degradation: 128; lora: 512)")
-    parser.add_argument("--model", default="photos", choices=[name for name, config in model.PRESETS.items() if "family" not in config], help="train: network preset")
+    parser.add_argument("--model", choices=[name for name, config in model.PRESETS.items() if "family" not in config], help="train, data: network preset (default: photos; data: ffhq)")
+    parser.add_argument("--data_dir", help="data: a folder of pictures, or tars (default: some made of the photographs in assets/)")
+    parser.add_argument("--workers", type=in_range(int, 0), default=0, help="data: measure so many processes that read, too")
     parser.add_argument("--ckpt", default=str(sample.WEIGHTS), help="infer: the network to run (default: the shipped student)")
     parser.add_argument("--lora", type=in_range(int, 1), default=64, help="lora: rank of the adapters")
     parser.add_argument("--batch", type=in_range(int, 1), default=4, help="train: pictures an update")
@@ -669,7 +758,9 @@ def main(argv=None):
     elif args.what == "infer":
         bench_infer(args.ckpt, args.size or 256)
     elif args.what == "train":
-        bench_train(args.device, args.model, args.batch, args.size or 128, args.steps, args.compile)
+        bench_train(args.device, args.model or "photos", args.batch, args.size or 128, args.steps, args.compile)
+    elif args.what == "data":
+        bench_data(args.model or "ffhq", args.data_dir, args.workers, args.size or 256)
     elif args.what == "memory":
         bench_memory(getattr(torch, args.dtype), args.only, args.size or 128)
     elif args.what == "lora":

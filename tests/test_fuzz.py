@@ -1,4 +1,5 @@
 """Fuzzing, a bounded run: files with bytes changed, flags drawn at random. `python tests/test_fuzz.py COUNT [SEED]` is the long one."""
+import io
 import random
 import sys
 import time
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import pictures
 import train_flow
 from checkpoints import save_checkpoint
 from console import InputError
@@ -99,6 +101,38 @@ def fuzz_pictures(folder, count, seed):
 def test_mutated_pictures_are_refused_in_one_line_or_are_pictures(tmp_path):
     refused, read = fuzz_pictures(tmp_path, 450, 0)
     assert refused > 100 and read > 50  # both happen
+
+
+def ordinary_pictures():
+    """What pictures._decode_fast reads: (name, bytes) of every kind of JPEG and 8-bit PNG that is common, smooth and rough."""
+    rough = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(rough[:6, :8]).resize((61, 47), Image.BICUBIC))
+    for pixels in (rough, smooth):
+        for mode, options in (("RGB", dict(quality=95, subsampling=0)), ("RGB", dict(quality=75, subsampling=2)), ("RGB", dict(quality=90, subsampling=1, progressive=True)),
+                              ("RGB", dict(quality=80, keep_rgb=True)), ("L", dict(quality=90)), *((mode, None) for mode in ("L", "LA", "RGB", "RGBA"))):
+            raw = io.BytesIO()
+            Image.fromarray(pixels).convert(mode).save(raw, "JPEG" if options else "PNG", **(options or {}))
+            yield ("a.jpg" if options else "a.png"), raw.getvalue()
+
+
+def test_both_decoders_see_the_same(tmp_path, monkeypatch):
+    """imagecodecs' pixels are Pillow's to the bit, of whole files and of mutated ones; and what Pillow refuses is refused."""
+    rng, fast, used = random.Random(0), pictures._decode_fast, []
+    files = list(ordinary_pictures())
+    todo = files + [(name, mutate(raw, rng)) for name, raw in files * 12]
+    for i, (name, raw) in enumerate(todo):
+        (tmp_path / name).write_bytes(raw)
+        seen = []
+        for decode in (lambda *args: used.append(fast(*args) is not None) or fast(*args), lambda *_: None):
+            monkeypatch.setattr(pictures, "_decode_fast", decode)
+            try:
+                seen.append(read_image(tmp_path / name))
+            except InputError as e:
+                seen.append(str(e))
+        same = np.array_equal(*seen) if all(isinstance(x, np.ndarray) for x in seen) else str(seen[0]) == str(seen[1])
+        assert same, f"file {i}, {name}"
+        assert i >= len(files) or used[-1]  # the whole ones are all ordinary
+    assert 20 < sum(used) - len(files) < len(used) - 20  # of the mutated some are
 
 
 NUMBERS = st.one_of(st.integers(-3, 70), st.floats(-2, 300), st.sampled_from(("nan", "inf", "-1", "1e999", "", "x", "0x10", "١")))

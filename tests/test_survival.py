@@ -173,9 +173,9 @@ def test_the_list_is_made_once_for_all_processes(monkeypatch):
         raise InputError("no folder DIR")
     assert training.from_first(first, lambda: ([1, 2], [3])) == training.from_first(second, never) == ([1, 2], [3])
     sent.clear()
-    for run, make in ((first, refused), (second, never)):
+    for process, make in ((first, refused), (second, never)):
         with pytest.raises(InputError, match="^no folder DIR$"):
-            training.from_first(run, make)
+            training.from_first(process, make)
 
 
 def test_shared_out_weights_are_the_same_training(photos, tmp_path, whole):  # noqa: F811

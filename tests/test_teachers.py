@@ -381,6 +381,14 @@ def test_a_checkpoint_does_not_choose_what_code_runs():
         build({"family": "unknown"})
 
 
+@pytest.mark.parametrize("preset", ["resshift", "resshift_small"])
+def test_no_norm_takes_each_channel_alone(preset):
+    """Such a norm takes away what a channel says of brightness and contrast, which a network that predicts the picture must pass on."""
+    with torch.device("meta"):
+        norms = [m for m in SwinUNet(**model.PRESETS[preset]["net"]).modules() if isinstance(m, model.NormSiLU)]
+    assert norms and all(m.num_channels >= 4 * m.num_groups for m in norms)
+
+
 def test_the_example_that_trains_a_resshift(tmp_path, monkeypatch):
     """It writes a teacher with its own schedule, whatever --chain says, and all of the training, from which it goes on exactly."""
     from PIL import Image
