@@ -47,7 +47,8 @@ def test_the_quality_of_a_jpeg_is_in_its_tables(quality, tmp_path):
     clean().save(tmp_path / "a.jpg", quality=quality)
     clean().save(tmp_path / "a.png")
     assert as_picture(tmp_path / "a.jpg").quality == as_picture(image).quality and as_picture(tmp_path / "a.png").quality is None
-    assert damage.judge(as_picture(image)) == (1.0, f"a JPEG of quality {as_picture(image).quality:.0f}")
+    said = f"{as_picture(image).quality:.0f}"
+    assert damage.judge(as_picture(image)) == ((0.0, f"a fine JPEG, of quality {said}") if quality > 90 else (1.0, f"a JPEG of quality {said}"))
 
 
 @pytest.mark.parametrize("name", ["astronaut", "coffee"])
