@@ -14,7 +14,6 @@ chosen by its name alone: another picture in the folder changes nothing for thos
 import base64
 import functools
 import hashlib
-import io
 import os
 import re
 import sys
@@ -265,11 +264,10 @@ def name_key(file):
 
 def content_key(path):
     """Five bytes that tell a file from all others by its size and its first 64 KiB."""
-    source = shards.source(path)
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as f:
-        size = f.seek(0, os.SEEK_END)
-        f.seek(0)
-        return hashlib.sha256(size.to_bytes(8, "big") + f.read(65536)).digest()[:5]
+    file, start, size = shards.place(path)
+    with open(file, "rb") as f:
+        f.seek(start)
+        return hashlib.sha256(size.to_bytes(8, "big") + f.read(min(size, 65536))).digest()[:5]
 
 
 def pack(keys):

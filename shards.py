@@ -71,18 +71,25 @@ def members(tar):
 
 
 def source(path):
-    """The bytes of a tar's member; of any other path the path itself. Raises FileNotFoundError if the tar has no such member, InputError if it is broken."""
+    """The bytes of a tar's member; of any other path the path itself. Raises as `place`."""
+    file, start, size = place(path)
+    if file == path:
+        return path
+    with open(file, "rb") as f:
+        f.seek(start)
+        return f.read(size)
+
+
+def place(path):
+    """Where a path's bytes lie: (the tar, their beginning, how many) of a member, else (the path, 0, how many). Raises FileNotFoundError if there is none, InputError if the tar is broken."""
     tar, name = divide(path)
     if tar is None:
-        return path
+        return path, 0, os.path.getsize(path)
     names, places = index(tar)
     at = np.searchsorted(names, name)
     if at == len(names) or names[at] != name:
         raise FileNotFoundError(f"no {path}")
-    start, size = places[at].tolist()
-    with open(tar, "rb") as f:
-        f.seek(start)
-        return f.read(size)
+    return tar, *places[at].tolist()
 
 
 def divide(path):
