@@ -16,17 +16,17 @@ PARTS = {"china.jpg": (200, 100, 300, 175), "flower.jpg": (268, 180, 368, 255), 
 COLUMNS = {"before (bicubic)": None, "--model clean --t 0.5": dict(model="clean", t=0.5), "--model real --t 0": dict(model="real", t=0), "--t 1": dict(model="real", t=1)}
 
 
-def main(out=ASSETS / "figures" / "gallery.jpg", parts=PARTS):
+def main(out=ASSETS / "figures" / "gallery.jpg"):
     width, height, head = 404, 304, 44
-    figure = Image.new("RGB", (width * len(COLUMNS) - 4, head + height * len(parts) - 4), "white")
+    figure = Image.new("RGB", (width * len(COLUMNS) - 4, head + height * len(PARTS) - 4), "white")
     draw = ImageDraw.Draw(figure)
     for column, (text, how) in enumerate(COLUMNS.items()):
         label(draw, width * column + 200, head // 2, text)
-        for row, (name, box) in enumerate(parts.items()):
+        for row, (name, box) in enumerate(PARTS.items()):
             path = ASSETS / "real" / name
             picture = Image.open(path).convert("RGB")
             big = picture.resize((4 * picture.width, 4 * picture.height), Image.BICUBIC) if how is None else Image.fromarray(upscale(path, **how))
-            figure.paste(crop(big, box).resize((400, 300)), (width * column, head + height * row))
+            figure.paste(crop(big, box), (width * column, head + height * row))
     figure.save(out, quality=90)
 
 

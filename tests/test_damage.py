@@ -144,6 +144,13 @@ def test_each_picture_has_its_network_and_says_why(both, monkeypatch, capsys):
         up("b.jpg", denoise=2)
 
 
+def test_the_shipped_networks_have_something_between_them():
+    net, stage, task = sample.shipped(0.5, "cpu")
+    assert (stage, task.degradation) == ("distill", "bicubic") and sample.shipped(1, "cpu")[2].degradation == "real"
+    ends = [sample.load(path, "cpu")[0].out["2"].weight for path in (sample.FREE, sample.REAL)]
+    assert torch.allclose(net.out["2"].weight, (ends[0] + ends[1]) / 2) and not torch.equal(*ends)
+
+
 def test_without_the_real_network_auto_is_clean(both, monkeypatch, capsys):
     monkeypatch.chdir(both)
     sample.REAL.unlink()
