@@ -2,8 +2,8 @@
 
     denoise, why = judge(picture)      # 0 or 1, and the reason in words
 
-A JPEG shows in its file, and in its pixels wherever they were saved since: at its grid of 8 x 8 blocks coefficients lie at 0,
-between its lines they do not. Strong noise shows where a picture is flat, strong blur as fine detail that is missing.
+A JPEG shows in its file, and in its pixels wherever they were saved since: at its grid of 8 x 8 blocks coefficients lie at 0 and
+at multiples of the steps it rounded them to, which tell its quality. Strong noise shows where a picture is flat, strong blur as fine detail that is missing.
 Mild noise and mild blur do not show: texture looks like the one, a smooth subject like the other (LOG.md). No torch.
 """
 import numpy as np
@@ -13,6 +13,9 @@ MOST = 256  # pixels a side, the middle of the picture: enough to see it, and qu
 COARSE_JPEG = 90  # quality below which the real network is the better one: about there the two are level (LOG.md)
 GRID, NOISE, SOFT = 0.1, 6.5, -3.7  # the bounds of the three measures, between 60 clean reductions and what damaged them (LOG.md)
 PLACE = np.add.outer(np.arange(8), np.arange(8))  # of a coefficient in its block: how fine it is
+LOW = (PLACE > 0) & (PLACE < 6)
+STEPS = np.array([11, 10, 16, 24, 40, 12, 12, 14, 19, 26, 14, 13, 16, 24, 14, 17, 22, 18, 22, 24])  # of LOW in JPEG's standard table for brightness, quality 50
+SURE = 10  # deviations by which the steps of one quality fit better than chance, so that it counts as found
 
 
 def judge(picture):
@@ -23,8 +26,11 @@ def judge(picture):
     y = luma(picture.pixels)
     if min(y.shape) < 24:
         return 0.0, "too small to tell"
-    if not jpeg and jpeg_grid(y) > GRID:  # how coarse it was the grid hardly says
-        return 1.0, "it was a JPEG"
+    if not jpeg:
+        grid, blocks = jpeg_grid(y)
+        quality, fit = table_quality(blocks)
+        if grid > GRID and fit > SURE and quality < COARSE_JPEG:
+            return 1.0, f"it was a JPEG of quality {quality}"
     if (sigma := noise(y)) > NOISE:
         return 1.0, f"noise of {sigma:.0f} of 255"
     if softness(y) < SOFT:
@@ -47,16 +53,31 @@ def coefficients(y, dy=0, dx=0):
 
 
 def jpeg_grid(y):
-    """How much more of the fine coefficients of blocks with something in them are 0 on the best of the 64 grids than on the usual one.
+    """How much more of the fine coefficients of blocks with something in them are 0 on the best of the 64 grids than on the usual one, and its blocks (N, 8, 8).
 
     Of what never was a JPEG, or was resized since, below .06; of a JPEG of quality 97 .15 to .4, of a coarser one more.
     """
-    shares = []
+    shares, best = [], None
     for place in range(64):
         c = coefficients(y, *divmod(place, 8))
         busy = c[:, (PLACE > 0) & (PLACE < 5)].max(1) > 4
         shares.append((c[busy][:, PLACE >= 8] < 0.5).mean() if busy.any() else 0.0)  # .5: rounding to 8 bits moves them by .29
-    return max(shares) - np.median(shares)
+        best = c if shares[-1] == max(shares) else best
+    return max(shares) - np.median(shares), best
+
+
+def table_quality(blocks):
+    """(quality, fit) of the standard table whose steps the coefficients (N, 8, 8) at a JPEG's grid are multiples of: fit is in deviations of chance."""
+    c = blocks[:, LOW]
+
+    def fit(quality):
+        steps = np.maximum(1, np.floor(STEPS * (50 / quality if quality < 50 else 2 - quality / 50) + 0.5))
+        seen = np.cos(2 * np.pi * c / steps)[c > 0.6 * steps]  # 1 at a multiple, 0 on average elsewhere, of deviation sqrt(1/2)
+        return seen.sum() * np.sqrt(2 / max(1, len(seen)))
+
+    fits = {quality: fit(quality) for quality in range(10, 100)}
+    best = max(fits, key=fits.get)
+    return best, fits[best]
 
 
 def noise(y):

@@ -56,10 +56,17 @@ def test_what_is_seen_in_the_pixels(name):
     image, rng = clean(name), np.random.default_rng(0)
     assert damage.judge(plain(image)) == (0.0, "no damage seen")
     assert damage.judge(Picture(np.array(image, np.uint16) * 257)) == (0.0, "no damage seen")  # 16 bits
-    for quality in (60, 85, 97):
-        assert damage.judge(plain(as_jpeg(image, quality))) == (1.0, "it was a JPEG")
-        assert damage.judge(Picture(np.array(as_jpeg(image, quality))[3:, 5:])) == (1.0, "it was a JPEG")  # cut off its grid
-    assert damage.judge(Picture(np.array(as_jpeg(image.convert("L"), 85))[..., None])) == (1.0, "it was a JPEG")  # gray
+    for quality in (30, 60, 89):
+        said = (1.0, f"it was a JPEG of quality {quality}")
+        assert damage.judge(plain(as_jpeg(image, quality))) == said
+        assert damage.judge(Picture(np.array(as_jpeg(image, quality))[3:, 5:])) == said  # cut off its grid
+        assert damage.judge(Picture(np.array(as_jpeg(image.convert("L"), quality))[..., None])) == said  # gray
+    for quality in (90, 97):
+        assert damage.judge(plain(as_jpeg(image, quality))) == (0.0, "no damage seen")
+        assert damage.table_quality(damage.jpeg_grid(damage.luma(np.array(as_jpeg(image, quality))))[1])[0] == quality
+    coarse, tables = io.BytesIO(), rng.integers(12, 60, (2, 64)).tolist()
+    image.save(coarse, "JPEG", qtables=tables)  # none of the standard ones: the nearest is coarse, too
+    assert damage.judge(plain(Image.open(coarse)))[0] == 1
     noisy = (np.array(image) + rng.normal(0, 20, np.shape(image))).clip(0, 255).astype(np.uint8)
     assert damage.judge(Picture(noisy))[1].startswith("noise of ")
     assert damage.judge(plain(image.filter(ImageFilter.GaussianBlur(2)))) == (1.0, "it is blurred")
