@@ -10,25 +10,26 @@ import numpy as np
 from scipy.fft import dctn
 
 MOST = 256  # pixels a side, the middle of the picture: enough to see it, and quick
-FINEST_JPEG = 98  # quality from which on nothing is lost that one sees
+COARSE_JPEG = 90  # quality below which the real network is the better one: about there the two are level (LOG.md)
 GRID, NOISE, SOFT = 0.1, 6.5, -3.7  # the bounds of the three measures, between 60 clean reductions and what damaged them (LOG.md)
 PLACE = np.add.outer(np.arange(8), np.arange(8))  # of a coefficient in its block: how fine it is
 
 
 def judge(picture):
     """(denoise, why in words) of a pictures.Picture: 1 where something to take away is seen, else 0."""
-    if picture.quality is not None and picture.quality < FINEST_JPEG:
+    jpeg = picture.quality is not None
+    if jpeg and picture.quality < COARSE_JPEG:
         return 1.0, f"a JPEG of quality {picture.quality:.0f}"
     y = luma(picture.pixels)
     if min(y.shape) < 24:
         return 0.0, "too small to tell"
-    if jpeg_grid(y) > GRID:
+    if not jpeg and jpeg_grid(y) > GRID:  # how coarse it was the grid hardly says
         return 1.0, "it was a JPEG"
     if (sigma := noise(y)) > NOISE:
         return 1.0, f"noise of {sigma:.0f} of 255"
     if softness(y) < SOFT:
         return 1.0, "it is blurred"
-    return 0.0, "no damage seen"
+    return 0.0, f"a fine JPEG, of quality {picture.quality:.0f}" if jpeg else "no damage seen"
 
 
 def luma(pixels):

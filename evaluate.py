@@ -52,6 +52,7 @@ from tiles import check_tile, pick_tile, restore
 
 WEIGHTS = Path(__file__).parent / "weights"
 SHIPPED = (WEIGHTS / "photos_x4.safetensors", WEIGHTS / "photos_x4_flow.safetensors")
+SHIPPED_REAL = (WEIGHTS / "photos_real_x4.safetensors", WEIGHTS / "photos_real_x4_flow.safetensors")  # for what was blurred, noisy and compressed
 
 
 # --- what to measure ---
@@ -380,7 +381,7 @@ def parse_args(argv):
     p.set_defaults(dataset=None)  # so that a checkpoint's own task is known from one that was asked for
     whole, positive = in_range(int, 0), in_range(int, 1)
     g = p.add_argument_group("what is measured")
-    g.add_argument("--ckpt", nargs="+", metavar="FILE", help="students and flows to measure (default: those in weights/)")
+    g.add_argument("--ckpt", nargs="+", metavar="FILE", help="students and flows to measure (default: those in weights/, with --table those for damaged pictures)")
     g.add_argument("--stage", choices=("flow", "distill"), help="what a checkpoint is, for a published file, which does not say")
     g.add_argument("--methods", nargs="+", type=method, default=[], metavar="NAME[:NFE]=DIR", help="folders of other methods' results for the same pictures, a row each")
     g.add_argument("--pairs", nargs=2, metavar=("RESTORED", "TRUE"), help="measure a folder of pictures against another instead")
@@ -537,7 +538,7 @@ def warn_of_few(metrics, count):
 
 def prepare(args, device, rank, world):
     """What is measured, and on what: (networks, rows, the Bench, {stem: path of the true picture}, what those are in words). Raises InputError: everything that can be wrong comes before any work."""
-    networks = load_networks(args.ckpt or [p for p in SHIPPED if p.is_file()], device, args)
+    networks = load_networks(args.ckpt or [p for p in (SHIPPED_REAL if args.table else SHIPPED) if p.is_file()], device, args)
     check_networks(networks, args)
     args.dataset = args.dataset or "photos"
     task = networks[0].task if networks else measured_task(args)

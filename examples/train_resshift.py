@@ -1,7 +1,7 @@
 """Train a small ResShift from scratch, in pixels: a teacher of another family to distil, on a machine without a GPU.
 
-    python examples/train_resshift.py --data_dir DIR --steps 4 --max_iters 3000 -o out/resshift4.safetensors
-    python distill.py --teacher resshift:out/resshift4.safetensors --data_dir DIR
+    python examples/train_resshift.py --data_dir DIR --image_size 32 --steps 15 --kappa 0.2 --min_noise 0.2 --loss velocity --optimizer muon --learning_rate 2e-3
+    python distill.py --teacher resshift:out/resshift.safetensors --data_dir DIR --image_size 32 --dt 0.2 --t_min -0.2 --t_max 0.8
 
 The published loss without its LPIPS: mean squared error of the predicted picture at a step drawn at random. An error of the
 picture is one of tau + 1/tau times its size of the flow's v (resshift.shift_path), so that what is small in the loss where

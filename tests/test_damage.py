@@ -2,6 +2,7 @@
 import io
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def test_the_quality_of_a_jpeg_is_in_its_tables(quality, tmp_path):
     clean().save(tmp_path / "a.jpg", quality=quality)
     clean().save(tmp_path / "a.png")
     assert as_picture(tmp_path / "a.jpg").quality == as_picture(image).quality and as_picture(tmp_path / "a.png").quality is None
-    assert damage.judge(as_picture(image)) == (1.0, f"a JPEG of quality {as_picture(image).quality:.0f}")
+    said = f"{as_picture(image).quality:.0f}"
+    assert damage.judge(as_picture(image)) == ((0.0, f"a fine JPEG, of quality {said}") if quality > 90 else (1.0, f"a JPEG of quality {said}"))
 
 
 @pytest.mark.parametrize("name", ["astronaut", "coffee"])
@@ -101,10 +103,12 @@ def test_between_two_networks_and_nothing_between_others():
 
 @pytest.fixture
 def both(weights, tmp_path, monkeypatch):
-    """Both shipped students, tiny."""
+    """The shipped students, tiny: the clean one is another than that which the real one comes from."""
     save_release(tmp_path / "photos_real_x4.safetensors", other(load_model(weights / "distill.safetensors")[0]), dict(stage="distill", step=1, task=asdict(REAL_TASK)))
     monkeypatch.setattr(sample, "WEIGHTS", weights / "distill.safetensors")
+    shutil.copy(weights / "distill.safetensors", tmp_path / "photos_free_x4.safetensors")
     monkeypatch.setattr(sample, "REAL", tmp_path / "photos_real_x4.safetensors")
+    monkeypatch.setattr(sample, "FREE", tmp_path / "photos_free_x4.safetensors")
     sample._blend.cache_clear()
     yield tmp_path
     sample._blend.cache_clear()
@@ -126,6 +130,8 @@ def test_each_picture_has_its_network_and_says_why(both, monkeypatch, capsys):
         results[" ".join(flags)] = read_image("out.png").astype(int)
     same = lambda a, b: np.array_equal(results[a], results[b])
     assert same("--model real", "--model auto") and same("--model real", "--denoise 1") and same("--model clean", "--denoise 0")
+    assert json.loads(Image.open("out.png").text["oftsr"])["weights"] == "photos_real_x4.safetensors"
+    assert sample.weights_note(0.5) == dict(weights="photos_free_x4.safetensors+photos_real_x4.safetensors", denoise=0.5)
     assert not same("--model clean", "--model real") and not same("--denoise 0.5", "--model real") and not same("--denoise 0.5", "--model clean")
     assert json.loads(Image.open("restored/b_x4.png").text["oftsr"])["denoise"] == 1 and np.array_equal(read_image("restored/b_x4.png"), results["--model auto"])
 
@@ -136,6 +142,13 @@ def test_each_picture_has_its_network_and_says_why(both, monkeypatch, capsys):
         up("b.jpg", model="other")
     with pytest.raises(InputError, match="denoise goes from 0"):
         up("b.jpg", denoise=2)
+
+
+def test_the_shipped_networks_have_something_between_them():
+    net, stage, task = sample.shipped(0.5, "cpu")
+    assert (stage, task.degradation) == ("distill", "bicubic") and sample.shipped(1, "cpu")[2].degradation == "real"
+    ends = [sample.load(path, "cpu")[0].out["2"].weight for path in (sample.FREE, sample.REAL)]
+    assert torch.allclose(net.out["2"].weight, (ends[0] + ends[1]) / 2) and not torch.equal(*ends)
 
 
 def test_without_the_real_network_auto_is_clean(both, monkeypatch, capsys):

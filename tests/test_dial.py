@@ -118,6 +118,17 @@ def test_the_first_picture_of_the_readme(monkeypatch):
     assert asked == [0, 0.5, 1] and Image.open("out.png").size == Image.open(root / "assets" / "figures" / "dial.png").size
 
 
+def test_the_gallery_of_the_readme(monkeypatch):
+    root = Path(sample.__file__).parent
+    assert "python assets/gallery.py" in (root / "README.md").read_text()
+    figure = runpy.run_path(str(root / "assets" / "gallery.py"))
+    asked = []
+    monkeypatch.setitem(figure["main"].__globals__, "upscale", lambda path, model, t: asked.append((path.name, model, t)) or np.zeros((4 * 600, 4 * 640, 3), np.uint8))
+    figure["main"]("out.png")
+    assert asked == [(name, *how) for how in (("clean", 0.5), ("real", 0), ("real", 1)) for name in ("china.jpg", "flower.jpg", "hopper.jpg")]
+    assert Image.open("out.png").size == Image.open(root / "assets" / "figures" / "gallery.jpg").size
+
+
 def test_upscale_takes_both(cli, weights):
     array, student = read_image("in/a.png"), dict(ckpt=weights / "distill.safetensors", device="cpu")
     plain = sample.upscale(array, t=0.2, **student)
