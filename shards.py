@@ -164,9 +164,9 @@ def walk(file, tar, start=0):
         file.seek(inside.offset)  # tarfile takes what it does not understand for the end
         if file.read(512) != bytes(512):
             raise tarfile.ReadError("its end is missing")
-    except (tarfile.TarError, ValueError, EOFError) as e:
-        if isinstance(e, InputError):
-            raise
+    except (InputError, OSError):
+        raise
+    except Exception as e:  # what a broken header leads tarfile to: its own errors, OverflowError, MemoryError, RecursionError
         file.seek(0)
         head = file.read(6)
         packed = next((kind for magic, kind in PACKED.items() if head.startswith(magic)), None)

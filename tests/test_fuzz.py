@@ -2,6 +2,7 @@
 import io
 import random
 import sys
+import tarfile
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import pictures
+import shards
 import train_flow
 from checkpoints import save_checkpoint
 from console import InputError
@@ -135,6 +137,39 @@ def test_both_decoders_see_the_same(tmp_path, monkeypatch):
     assert 20 < sum(used) - len(files) < len(used) - 20  # of the mutated some are
 
 
+def fuzz_tars(folder, count, seed):
+    """List `count` mutated tars, and read what they list: (how many were refused in one line, how many were listed)."""
+    rng, refused, raws, tar = random.Random(seed), 0, [], folder / "a.tar"
+    for how in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with tarfile.open(tar, "w", format=how) as out:
+            for name, raw in (*original_pictures(folder)[:2], ("x" * 60 + "/" + "ä" * 30 + ".png", b"none"), *([("b.tar", raws[0])] if raws else [])):
+                member = tarfile.TarInfo(name)
+                member.size = len(raw)
+                out.addfile(member, io.BytesIO(raw))
+        raws.append(tar.read_bytes())
+    huge = bytearray(raws[2])
+    at = huge.index(b"././@PaxHeader") + 124
+    huge[at : at + 12] = b"\x80" + b"\xff" * 11  # a header that says how very long it is
+    for i in range(count):
+        tar.write_bytes(mutate(raws[i % 3], rng) if i else bytes(huge))
+        shards._index.cache_clear()
+        try:
+            for name in shards.members(tar):
+                try:
+                    read_image(tar / name)
+                except InputError as e:
+                    assert "a.tar" in str(e) and "\n" not in str(e)
+        except InputError as e:
+            assert "a.tar" in str(e) and "\n" not in str(e), f"mutation {i} of seed {seed}: {e}"
+            refused += 1
+    return refused, count - refused
+
+
+def test_mutated_tars_are_refused_in_one_line_or_are_listed(tmp_path):
+    refused, listed = fuzz_tars(tmp_path, 150, 0)
+    assert refused > 20 and listed > 20
+
+
 NUMBERS = st.one_of(st.integers(-3, 70), st.floats(-2, 300), st.sampled_from(("nan", "inf", "-1", "1e999", "", "x", "0x10", "١")))
 
 
@@ -157,4 +192,5 @@ if __name__ == "__main__":
     count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else int(time.time())
     with tempfile.TemporaryDirectory() as folder:
         print("seed", seed, "pictures refused, read:", fuzz_pictures(Path(folder), count, seed))
+        print("tars refused, listed:", fuzz_tars(Path(folder), count, seed))
         print("weights refused, the same:", fuzz(Path(folder), count, seed))
