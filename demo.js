@@ -145,6 +145,7 @@ async function watchProgress(mine, number) {
   await new Promise((r) => setTimeout(r, 700));
   while (session === mine && busy >= number) {
     const { share, waiting } = await server.progress({ id: mine.id });
+    if (session !== mine || share === undefined) break; // another picture is open
     find("progress").hidden = find("cancel").hidden = false;
     find("progress").value = share;
     message = waiting ? "waiting for another picture" : `${Math.round(100 * share)} %`;
