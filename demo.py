@@ -2,6 +2,7 @@
 
     pip install -e '.[demo]' && python demo.py            # opens http://127.0.0.1:7860 in a browser
     python demo.py --port 8000 --no_browser
+    python demo.py --ckpt out/photos_distill/weights.safetensors    # with a network of yours
 
 Nobody but this machine sees the page. Pictures are kept in memory, and what has to be a file (an upload, a download) in a
 folder of its own that is gone when the program ends. demo.js is the part of it that runs in the browser.
@@ -114,13 +115,27 @@ TURNS = Turns()
 
 @functools.lru_cache(maxsize=8)
 def load(network, denoise=0.0):
-    """(UNet, Task, arguments of sample.enlarge) of a row of NETWORKS, of the student for a place of the second dial. Between its blocks the network looks whether it should go on."""
+    """(UNet, Task, arguments of sample.enlarge) of a row of NETWORKS, of the student for a place of the second dial. Between its layers the network looks whether it should go on."""
     from model import pick_device, pick_dtype
     path, how = NETWORKS[network]
     net, _, task = sample.shipped(denoise) if network == STUDENT else sample.load(path)
-    for block in [*net.input_blocks, net.middle_block, *net.output_blocks]:
-        block.register_forward_pre_hook(TURNS.check)
+    for layer in net.modules():
+        layer.register_forward_pre_hook(TURNS.check)
     return net, task, dict(how, dtype=pick_dtype("auto", pick_device("auto")))
+
+
+def add_networks(paths):
+    """Put checkpoints of one's own, students and flows of any family, before the rows of NETWORKS. Raises InputError."""
+    rows = {}
+    for path in map(Path, paths):
+        _, stage, task = sample.load(path)
+        if not stage or not task:
+            raise InputError(f"{path} does not say whether it is a student or a flow, or of which task: python model.py convert with --stage and --dataset makes a file that does")
+        solver = sample.choose(stage, task, None, None, None)[1]
+        rows[str(path)] = path, dict(solver=solver, steps=sample.STEPS) if solver else {}
+    shipped = dict(NETWORKS)
+    NETWORKS.clear()
+    NETWORKS.update({**rows, **shipped})
 
 
 def restored(opened, t, t_map=None):
@@ -355,6 +370,7 @@ def build(folder):
 def main(argv=None):
     p = Parser(description=__doc__, usage="%(prog)s [flags]")
     p.add_argument("--port", type=in_range(int, 0, 65535), help="of the page (default: the first free one from 7860 on)")
+    p.add_argument("--ckpt", nargs="+", default=[], metavar="FILE", help="students and flows of yours, of any family, to choose beside the shipped ones")
     p.add_argument("--no_browser", action="store_true", help="open no browser: the page's address is printed")
     args = p.parse_args(argv)
     if importlib.util.find_spec("gradio") is None:
@@ -365,6 +381,7 @@ def main(argv=None):
     os.environ.update(GRADIO_TEMP_DIR=str(folder / "gradio"), GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1")
     (folder / "results").mkdir()
     import gradio as gr
+    add_networks(args.ckpt)
     for name in NETWORKS:
         load(name)
     page = build(folder)

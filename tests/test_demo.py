@@ -18,6 +18,8 @@ from PIL import Image
 import demo
 import sample
 from console import InputError
+from model import save_release
+from test_model import tiny
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -233,3 +235,15 @@ def test_the_page(server, browser, tmp_path):
     assert 0 < changed.mean() < 0.5 and not changed[:, :48].any()
 
     assert not [url for url in asked if not re.match(re.escape(address) + "|data:|blob:", url)]  # nothing from elsewhere
+
+
+def test_networks_of_ones_own(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "NETWORKS", dict(demo.NETWORKS))
+    shipped, files = list(demo.NETWORKS), [str(weights / f"{name}.safetensors") for name in ("distill", "flow")]
+    demo.add_networks(files)
+    assert list(demo.NETWORKS) == [*files, *shipped] and [demo.NETWORKS[f][1] for f in files] == [{}, dict(solver="midpoint", steps=8)]
+    save_release(tmp_path / "silent.safetensors", tiny(), dict(stage=None, step=1, task=None))
+    for wrong, words in (("none.pt", "no checkpoint at none.pt"), (tmp_path / "silent.safetensors", "does not say whether it is a student or a flow")):
+        with pytest.raises(InputError, match=words):
+            demo.add_networks([wrong])
+    assert list(demo.NETWORKS) == [*files, *shipped]

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import demo
 import distill
 import kernels
 import model
 import resshift
+import sample
 import teachers
 import tiles
 import train_flow
@@ -20,6 +22,7 @@ from console import InputError
 from distill import distillation_losses
 from flow import integrate, mean_slope, one_step
 from model import build, load_model, network_config, save_release
+from pictures import read_image, read_note
 from resshift import ResShift, SwinUNet, VQAutoencoder
 from teachers import Teacher, linear_path, to_linear, to_velocity
 
@@ -338,6 +341,17 @@ def test_a_flow_in_the_latents_of_a_published_autoencoder(published, monkeypatch
     student, meta = load_model("out/photos_distill/weights.safetensors")
     x, nfe = tiles.restore(student, torch.rand(1, 3, 44, 28) * 2 - 1, 0.1, torch.arange(1), 0.5)
     assert student.one_step and nfe == 1 and x.shape == (1, 3, 44, 28)
+
+    monkeypatch.setattr(demo, "NETWORKS", dict(demo.NETWORKS))  # the page takes it, too
+    demo.load.cache_clear()
+    demo.add_networks(["out/photos_distill/weights.safetensors", "out/photos_flow/ckpt.pt"])
+    (folder / "results").mkdir()
+    for name in list(demo.NETWORKS)[:2]:
+        told = demo.open_picture("photos/0.png", name, 0, "tab", folder)
+        path = demo.save(demo.PAGES[told["id"]], 1.0, None)
+        how = demo.NETWORKS[name][1]
+        assert np.array_equal(read_image(path), sample.upscale(read_image("photos/0.png"), t=1.0, ckpt=name, **how)) and read_note(path)["weights"] == Path(name).name
+    demo.close("tab")
     capsys.readouterr()
     monkeypatch.setattr(resshift, "VQ_F4", dict(TINY_VQ, mults=(1, 2, 2)))
     train_flow.main([*flow, "--autoencoder", "none.pth", "--out_dir", "out/dry", "--dry_run"])
