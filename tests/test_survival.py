@@ -23,7 +23,7 @@ from console import InputError
 from degradations import degrade, to_float
 from kernels import to_uint8
 from metrics import psnr_rgb
-from model import load_model, network_of, save_release
+from model import Stage, load_model, network_of, save_release
 from test_model import tiny
 from test_train import ROOT, SMALL, gradient, log_of, photos, run, same, signals, teacher, torchrun  # noqa: F401, fixtures
 
@@ -404,7 +404,7 @@ def test_what_is_made_again_is_the_same_gradient_with_less_kept():
     net, x_in, t = tiny().requires_grad_(True), torch.randn(2, 6, 32, 32), torch.rand(2)
     gradients, kept = [], []
     for again in (False, True):
-        for stage in (m for m in net.modules() if isinstance(m, training.Stage)):
+        for stage in (m for m in net.modules() if isinstance(m, Stage)):
             stage.recompute = again
         kept.append([])
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept[-1].append(tensor.nbytes), tensor)[1], lambda tensor: tensor):
