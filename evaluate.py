@@ -22,7 +22,6 @@ rounded to 8 bits, saved as a PNG under --out_dir, and read back by the same cod
 """
 import argparse
 import functools
-import hashlib
 import importlib.util
 import math
 import os
@@ -37,9 +36,10 @@ import torch.distributed as dist
 
 import data
 import figures
+from checkpoints import file_sha256
 from console import InputError, Parser, Progress, in_range
 from degradations import H_T, H, observe, to_float
-from folders import note
+from folders import check_memory, note
 from kernels import to_uint8
 from metrics import ALONE, BACKBONES, FEW, FID_MODES, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
 from model import UNet, keep_freed_memory, load_model, pick_device, pick_dtype
@@ -105,11 +105,8 @@ def load_network(path, device, args):
         raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
     if not task.condition and task.sigma_p == 1:
         raise InputError(f"{path} draws pictures out of nothing: there are no true ones to measure them against")
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return Network("", path, net, stage, task, digest.hexdigest()[:12], meta.get("step"), meta.get("data"))
+    check_memory(meta.get("data"), path)
+    return Network("", path, net, stage, task, file_sha256(path), meta.get("step"), meta.get("data"))
 
 
 def load_networks(files, device, args):
