@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from scipy import special
 
 import kernels
+from kernels import reference
 from kernels.reference import MASK, philox
 
 
@@ -274,21 +275,20 @@ def real(x_1, seeds, scale, strength=-1.0):
 
     seeds (B,) int64; strength as `draw`'s. H and W are multiples of scale.
     """
-    harms = [draw(numbers, strength) for numbers in uniforms(seeds, 100)]
-    x, size = x_1.float() * 0.5 + 0.5, 1 if x_1.device.type == "cpu" else len(x_1)  # one picture stays in a CPU's cache
-    y = torch.cat([harm(x[i : i + size], seeds[i : i + size], harms[i : i + size], scale) for i in range(0, len(x), size)])
+    if x_1.shape[2] % scale or x_1.shape[3] % scale:
+        raise ValueError(f"{x_1.shape[2]} x {x_1.shape[3]} is not a multiple of the scale {scale}")
+    harms, x_1 = [draw(numbers, strength) for numbers in uniforms(seeds, 100)], x_1.float()
+    y = (harm_one_by_one if kernels.damages(x_1) else harm)(x_1, seeds, harms, scale)
     untouched = [i for i, h in enumerate(harms) if h.strength == 0]
     if untouched:
-        y[untouched] = H(x_1[untouched].float(), "bicubic", scale) * 0.5 + 0.5
+        y[untouched] = H(x_1[untouched], "bicubic", scale) * 0.5 + 0.5
     return to_float((y.clamp(0, 1) * 255).round())
 
 
-def harm(x, seeds, harms, scale):
-    """The pipeline: x (B, 3, H, W) in [0, 1], seeds (B,), a Harm each -> (B, 3, H/scale, W/scale), neither clamped nor rounded."""
-    if x.shape[2] % scale or x.shape[3] % scale:
-        raise ValueError(f"{x.shape[2]} x {x.shape[3]} is not a multiple of the scale {scale}")
-    nothing, final = Damage(), (x.shape[2] // scale, x.shape[3] // scale)
-    sizes = torch.tensor([x.shape[2:]] * len(x))
+def harm(x_1, seeds, harms, scale):
+    """The pipeline: x_1 (B, 3, H, W) in [-1, 1], seeds (B,), a Harm each -> (B, 3, H/scale, W/scale) in [0, 1], neither clamped nor rounded."""
+    nothing, final = Damage(), (x_1.shape[2] // scale, x_1.shape[3] // scale)
+    x, sizes = x_1 * 0.5 + 0.5, torch.tensor([x_1.shape[2:]] * len(x_1))
 
     first = [h.rounds[0] if h.rounds else nothing for h in harms]
     x = blur(x, sizes, [d.kernel for d in first])
@@ -310,6 +310,45 @@ def harm(x, seeds, harms, scale):
     return jpeg(x, sizes, [h.last_quality if h.jpeg_last else None for h in harms])
 
 
+def harm_one_by_one(x_1, seeds, harms, scale):
+    """harm() by the extension, to the same bits: each picture goes through its own stages alone, and stays in the processor's cache."""
+    final, first, rows, filters = (x_1.shape[2] // scale, x_1.shape[3] // scale), [0], [], [np.zeros(0)]
+    for h in harms:
+        for kind, value, *rest in stages(h, final):
+            if kind == kernels.BLUR:
+                filters.append(value.ravel())
+                value, rest = len(value), [sum(len(f) for f in filters[:-1]), 0, 0]
+            rows.append((kind, value, *rest))
+        first.append(len(rows))
+    tables = torch.tensor(first), torch.from_numpy(np.array(rows, np.float64)), torch.from_numpy(np.concatenate(filters).astype(np.float32))
+    return kernels.damage(x_1, seeds, *tables, poisson_quantiles(), *final)
+
+
+def stages(h, final):
+    """A Harm as kernels.damage wants it, in harm()'s order: what a picture is spared is left out. final (h, w)."""
+    def jpeg(quality):
+        return kernels.JPEG, table_factor(quality), 0, 0, 0
+
+    for i, d in enumerate(h.rounds):
+        if d.kernel is not None:
+            yield kernels.BLUR, d.kernel
+        if i == 0 and d.ratio != 1:
+            yield kernels.RESIZE, METHODS.index(d.method), 0, 0, d.ratio
+        elif i == 1:
+            yield kernels.RESIZE, METHODS.index(d.method), *(max(1, int(f * d.ratio)) for f in final), 0
+        if d.noise:
+            yield kernels.NOISE, d.noise, d.gaussian, d.gray, NOISES[i]
+        if i == 0 and h.quality:
+            yield jpeg(h.quality)
+    if h.last_quality and not h.jpeg_last:
+        yield jpeg(h.last_quality)
+    yield kernels.RESIZE, (*METHODS, "antialiased").index(h.method), *final, 0
+    if h.kernel is not None:
+        yield kernels.BLUR, h.kernel
+    if h.last_quality and h.jpeg_last:
+        yield jpeg(h.last_quality)
+
+
 def blur(x, sizes, filters):
     """Each picture filtered by its own kernel (k, k), k odd, reflected at its edges; None leaves it as it is."""
     if not any(f is not None for f in filters):
@@ -320,7 +359,7 @@ def blur(x, sizes, filters):
         f = np.ones((1, 1)) if f is None else f
         margin = (side - len(f)) // 2
         padded[margin : side - margin, margin : side - margin] = f
-    return kernels.filter2d(x, sizes, torch.from_numpy(all_filters).to(x.device))
+    return reference.filter2d(x, sizes, torch.from_numpy(all_filters).to(x.device))
 
 
 def add_noise(x, sizes, damages, seeds, stream):
@@ -328,7 +367,7 @@ def add_noise(x, sizes, damages, seeds, stream):
     if not any(d.noise for d in damages):
         return x
     amount, gaussian, gray = (torch.tensor([getattr(d, name) for d in damages]) for name in ("noise", "gaussian", "gray"))
-    return kernels.photon_noise(x, sizes, amount.float(), gaussian, gray, poisson_quantiles(), seeds, stream)
+    return reference.photon_noise(x, sizes, amount.float(), gaussian, gray, poisson_quantiles(), seeds, stream)
 
 
 @functools.lru_cache
@@ -353,8 +392,13 @@ def jpeg(x, sizes, qualities):
     """What JPEG leaves of each picture at its own quality (1 to 99, not only whole numbers; None: no JPEG)."""
     if not any(qualities):
         return x
-    factors = [0.0 if q is None else 50 / q if q < 50 else 2 - q / 50 for q in qualities]
-    return kernels.jpeg(x, sizes, torch.tensor(factors, dtype=torch.float32))
+    factors = [0.0 if q is None else table_factor(q) for q in qualities]
+    return reference.jpeg(x, sizes, torch.tensor(factors, dtype=torch.float32))
+
+
+def table_factor(quality):
+    """What JPEG's tables are multiplied by at a quality."""
+    return 50 / quality if quality < 50 else 2 - quality / 50
 
 
 # --- resizing: each new pixel is a sum of a few old ones ---
@@ -371,7 +415,7 @@ def resize(x, sizes, targets, methods):
         new.append(to)
         rows.append(taps(method, h, to[0], ratio))
         cols.append(taps(method, w, to[1], ratio))
-    return kernels.resample(x, *(t.to(x.device) for t in (*stack_taps(rows), *stack_taps(cols)))), torch.tensor(new)
+    return reference.resample(x, *(t.to(x.device) for t in (*stack_taps(rows), *stack_taps(cols)))), torch.tensor(new)
 
 
 @functools.lru_cache(64)  # of a square picture, rows and columns are alike
@@ -393,7 +437,7 @@ def taps(method, n, m, ratio=None):
         index = np.floor((i + 0.5) * n / m - 2 * step)[:, None].astype(int) + np.arange(int(4 * step) + 2)
         d = np.abs(index + 0.5 - (i + 0.5)[:, None] * n / m) / step
         weights = np.where((index >= 0) & (index < n), cubic(d, -0.5), 0)
-        return index.clip(0, n - 1), (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+        return index.clip(0, n - 1), (weights / sum(weights.T)[:, None]).astype(np.float32)
     step, half = np.float32(1 / ratio if ratio else n / m), np.float32(0.5)
     at = step * (i.astype(np.float32) + half) - half
     if method == "bilinear":
