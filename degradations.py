@@ -193,18 +193,19 @@ def draw(numbers, strength=-1.0):
     rounds = tuple(damage for r in ROUNDS if (damage := draw_round(dice, r, s, often)))
     quality, jpeg = dice.between(*milder(JPEG, s, 98)), dice.chance(often)
     method, antialiased = dice.pick(METHODS), not dice.chance(s)
-    sinc = sinc_kernel(dice.pick(END_SIZES), dice.between(*milder((math.pi / 3, math.pi), s, math.pi)))
-    sharp = unsharp_kernel(dice.between(0, onset(s)), dice.between(0.5, 1.5))
+    sinc = dice.pick(END_SIZES), dice.between(*milder((math.pi / 3, math.pi), s, math.pi))
+    sharp = dice.between(0, onset(s)), dice.between(0.5, 1.5)
     filtered, sharpened = dice.chance(END_SINC * s), dice.chance((1 - s) / 2)
+    kernel = sinc_kernel(*sinc) if filtered else unsharp_kernel(*sharp) if sharpened else None
     last_quality, last_jpeg = dice.between(*milder(JPEG, s, 98)), dice.chance(often)
-    return Harm(s, rounds, quality if jpeg else None, "antialiased" if antialiased else method, sinc if filtered else sharp if sharpened else None,
+    return Harm(s, rounds, quality if jpeg else None, "antialiased" if antialiased else method, kernel,
                 last_quality if last_jpeg else None, dice.chance(0.5))
 
 
 def draw_round(dice, r, s, often):
     """One round's Damage at strength s, or None if the picture is spared."""
     spared = not dice.chance(r.chance * (s if r.chance < 1 else 1))
-    kernel, blurred = draw_kernel(dice, r, s), dice.chance(r.blur * often)
+    make_kernel, blurred = draw_kernel(dice, r, s), dice.chance(r.blur * often)
     way, resized = dice.pick(dict(zip(("up", "down", "keep"), r.resize))), dice.chance(often)
     low, high = milder(r.ratio, s, 1)
     up, down, method = dice.between(1, high), dice.between(low, 1), dice.pick(METHODS)
@@ -212,11 +213,11 @@ def draw_round(dice, r, s, often):
     noise = dice.between(*milder([g / 255 for g in r.gaussian] if gaussian else r.poisson, s, 0))
     gray = dice.chance(GRAY)
     ratio = {"up": up, "down": down, "keep": 1.0}[way] if resized else 1.0
-    return None if spared else Damage(kernel if blurred else None, ratio, method, gaussian, noise if noisy else 0.0, gray)
+    return None if spared else Damage(make_kernel() if blurred else None, ratio, method, gaussian, noise if noisy else 0.0, gray)
 
 
 def draw_kernel(dice, r, s):
-    """A blur of one of the six kinds, or a sinc filter: (k, k) float64."""
+    """A function that makes a blur of one of the six kinds, or a sinc filter: (k, k) float64. Making takes longer than drawing, and half are not wanted."""
     size, sinc, kind = dice.pick(r.sizes), dice.chance(SINC), dice.pick(BLURS)
     lowest = math.pi / 3 if size < 13 else math.pi / 5
     cutoff = dice.between(*milder((lowest, math.pi), s, math.pi))
@@ -227,12 +228,21 @@ def draw_kernel(dice, r, s):
     low, high = BETA.get(shape, (1.0, 1.0))
     beta = low + (1 - low) * place if below else 1 + (high - 1) * place
     turned = (sigma_x, 0.0) if spread == "iso" else (sigma_y, angle)
-    k = onset(s) * (sinc_kernel(size, cutoff) if sinc else blur_kernel(size, shape, sigma_x, *turned, beta))
-    k[size // 2, size // 2] += 1 - onset(s)
-    return k
+
+    def make():
+        k = onset(s) * (sinc_kernel(size, cutoff) if sinc else blur_kernel(size, shape, sigma_x, *turned, beta))
+        k[size // 2, size // 2] += 1 - onset(s)
+        return k
+    return make
 
 
 # --- the kernels of blur ---
+
+
+@functools.lru_cache
+def places(size):
+    """How far each pixel of a filter lies below and right of its middle: (2, size, size)."""
+    return np.mgrid[:size, :size] - size // 2
 
 
 def blur_kernel(size, shape, sigma_x, sigma_y, angle=0.0, beta=1.0):
@@ -240,7 +250,7 @@ def blur_kernel(size, shape, sigma_x, sigma_y, angle=0.0, beta=1.0):
 
     exp(-q / 2), the Gaussian, for shape ""; exp(-q^beta / 2) for "generalized"; 1 / (1 + q^beta) for "plateau".
     """
-    y, x = np.mgrid[:size, :size] - size // 2
+    y, x = places(size)
     c, s = math.cos(angle), math.sin(angle)
     q = ((c * x + s * y) / sigma_x) ** 2 + ((c * y - s * x) / sigma_y) ** 2
     k = 1 / (1 + q**beta) if shape == "plateau" else np.exp(-0.5 * q**beta)
@@ -250,8 +260,7 @@ def blur_kernel(size, shape, sigma_x, sigma_y, angle=0.0, beta=1.0):
 def sinc_kernel(size, cutoff):
     """The ideal low-pass filter of all frequencies below `cutoff` (radians a pixel), cut to (size, size), whose rings are those
     of sharpening: cutoff J_1(cutoff r) / (2 pi r), in float64, brought to the sum 1."""
-    y, x = np.mgrid[:size, :size] - size // 2
-    r = np.hypot(x, y)
+    r = np.hypot(*places(size))
     r[size // 2, size // 2] = 1
     k = cutoff * special.j1(cutoff * r) / (2 * np.pi * r)
     k[size // 2, size // 2] = cutoff**2 / (4 * np.pi)  # its limit at r = 0

@@ -49,6 +49,14 @@ struct Canvas {
   float* row(int64_t c, int64_t i) const { return pixels + c * plane() + i * pitch; }
 };
 
+// f(j) for n pixels of a row and on to a whole vector: without it small pictures are mostly ends of rows, one pixel at a time.
+template <class F> OFTSR void across(int64_t n, F f) {
+  for (int64_t j = 0; j < n; j += LANES) {
+#pragma omp simd
+    for (int64_t i = 0; i < LANES; i++) f(j + i);
+  }
+}
+
 // ---- the filter
 
 constexpr int ROWS = 4, COLUMNS = LANES == 16 ? 4 : 2;  // of a block, whose sums stay in registers; columns of vectors
@@ -67,12 +75,20 @@ static int64_t radius(const float* f, int64_t k) {
   return r;
 }
 
+// v, in a register: the compiler would read it from memory again for each of its uses, which takes longer than the arithmetic.
+OFTSR Vector keep(Vector v) {
+#ifdef __AVX__
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // One row of the picture, for the rows FIRST to LAST - 1 of a block: a pixel is read once for all of them. f: the filter's row that meets row 0.
 template <int FIRST, int LAST, int N> OFTSR void add_row(Vector (&sum)[ROWS][N], const float* row, const float* f, int64_t k, int64_t side) {
   for (int64_t v = 0; v < side; v++) {
     Vector x[N];
 #pragma GCC unroll 4
-    for (int c = 0; c < N; c++) x[c] = load_vec(row + v + c * LANES);
+    for (int c = 0; c < N; c++) x[c] = keep(load_vec(row + v + c * LANES));
 #pragma GCC unroll 4
     for (int a = FIRST; a < LAST; a++) {
       float t = f[v - a * k];
@@ -242,44 +258,41 @@ static void resize(const Canvas& x, Canvas& y, Method method, double ratio, Room
 
 // ---- noise
 
-static float to_byte(float v) { return rintf(std::min(std::max(v, 0.0f), 1.0f) * 255.0f); }
+static int32_t to_level(float v) { return int32_t(rintf(std::min(std::max(v, 0.0f), 1.0f) * 255.0f)); }
 
 static void add_noise(Canvas& x, float amount, bool gaussian, bool gray, int64_t bins, const int16_t* quantiles, int64_t seed, uint32_t stream, Room& room) {
   int64_t channels = gray ? 1 : 3, count = channels * x.h * x.w;
-  float *z = room.floats(2 * count), *v = z + count;  // the normals and the 8-bit values
+  float* z = room.floats(count + 2 * x.pitch);
   normal(Cpu(), Shape{1, channels, x.h, x.w}, PerImage<int64_t>{&seed, 1}, stream, Corner{0, 0}, z);
   if (!gaussian) {
+    int32_t *level = reinterpret_cast<int32_t*>(z + count), *place = level + x.pitch;  // of a row
+    auto levels = [&](int64_t c, int64_t i) {
+      const float *r = x.row(c, i), *g = x.row(1, i), *b = x.row(2, i);
+      if (gray) across(x.w, [&](int64_t j) { level[j] = to_level(r[j] * 0.2989f + g[j] * 0.587f + b[j] * 0.114f); });
+      else across(x.w, [&](int64_t j) { level[j] = to_level(r[j]); });
+    };
     bool seen[256] = {};
-    for (int64_t c = 0; c < channels; c++) {
-      for (int64_t i = 0; i < x.h; i++) {
-        const float *r = x.row(c, i), *g = x.row(1, i), *b = x.row(2, i);
-        float* byte = v + (c * x.h + i) * x.w;
-        if (gray) {
-#pragma omp simd
-          for (int64_t j = 0; j < x.w; j++) byte[j] = to_byte(r[j] * 0.2989f + g[j] * 0.587f + b[j] * 0.114f);
-        } else {
-#pragma omp simd
-          for (int64_t j = 0; j < x.w; j++) byte[j] = to_byte(r[j]);
-        }
-        for (int64_t j = 0; j < x.w; j++) seen[int(byte[j])] = true;
-      }
+    for (int64_t i = 0; i < channels * x.h; i++) {
+      levels(i / x.h, i % x.h);
+      for (int64_t j = 0; j < x.w; j++) seen[level[j]] = true;
     }
     int64_t different = std::count(seen, seen + 256, true), log_N = 0;
     while ((int64_t(1) << log_N) < different) log_N++;
     const int16_t* table = quantiles + log_N * 256 * bins;
     float N = float(int64_t(1) << log_N), per_unit = float(bins / 12.0), last = float(bins - 1);
-#pragma omp simd
-    for (int64_t i = 0; i < count; i++) {
-      int32_t place = int32_t(std::min(std::max((z[i] + 6.0f) * per_unit, 0.0f), last));
-      z[i] = float(table[int32_t(v[i]) * int32_t(bins) + place]) / N - v[i] / 255.0f;
+    for (int64_t i = 0; i < channels * x.h; i++) {
+      float* row = z + i * x.w;
+      levels(i / x.h, i % x.h);
+      across(x.w, [&](int64_t j) { place[j] = level[j] * int32_t(bins) + int32_t(std::min(std::max((row[j] + 6.0f) * per_unit, 0.0f), last)); });
+      for (int64_t j = 0; j < x.w; j++) place[j] = table[place[j]];  // a loop of its own: one number at a time is faster than a vector of them
+      across(x.w, [&](int64_t j) { row[j] = float(place[j]) / N - float(level[j]) / 255.0f; });
     }
   }
   for (int64_t c = 0; c < 3; c++) {
     for (int64_t i = 0; i < x.h; i++) {
       const float* n = z + ((gray ? 0 : c) * x.h + i) * x.w;
       float* row = x.row(c, i);
-#pragma omp simd
-      for (int64_t j = 0; j < x.w; j++) row[j] = std::min(std::max(row[j] + amount * n[j], 0.0f), 1.0f);
+      across(x.w, [&](int64_t j) { row[j] = std::min(std::max(row[j] + amount * n[j], 0.0f), 1.0f); });
     }
   }
 }
@@ -341,22 +354,20 @@ static void jpeg(Canvas& x, float factor, Room& room) {
   float *luma = room.floats(H * W + H * half + 4 * W), *cb = luma + H * W, *cr = cb + H / 2 * half, *full = cr + H / 2 * half;
   for (int64_t i = 0; i < H; i++) {
     float *to = luma + i * W, *b = full + i % 2 * W, *r = b + 2 * W;
-    int64_t w = i < x.h ? x.w : 0;  // black, where there is no picture
-    std::fill(to + w, to + W, -128.0f), std::fill(b + w, b + W, 0.0f), std::fill(r + w, r + W, 0.0f);
+    int64_t w = i < x.h ? x.w : 0;
     const float *red = x.row(0, i), *green = x.row(1, i), *blue = x.row(2, i);
-#pragma omp simd
-    for (int64_t j = 0; j < w; j++) {
+    across(w, [&](int64_t j) {
       float R = std::min(std::max(red[j], 0.0f), 1.0f) * 255.0f, G = std::min(std::max(green[j], 0.0f), 1.0f) * 255.0f, B = std::min(std::max(blue[j], 0.0f), 1.0f) * 255.0f;
       to[j] = R * 0.299f + G * 0.587f + B * 0.114f - 128.0f;
       b[j] = R * -0.168736f + G * -0.331264f + B * 0.5f;
       r[j] = R * 0.5f + G * -0.418688f + B * -0.081312f;
-    }
+    });
+    std::fill(to + w, to + W, -128.0f), std::fill(b + w, b + W, 0.0f), std::fill(r + w, r + W, 0.0f);  // black, where there is no picture
     if (i % 2 == 0) continue;
     for (int k = 0; k < 2; k++) {  // the colours of two rows at half the resolution
       const float *above = full + 2 * k * W, *below = above + W;
       float* mean = (k ? cr : cb) + i / 2 * half;
-#pragma omp simd
-      for (int64_t j = 0; j < half; j++) mean[j] = ((above[2 * j] + above[2 * j + 1]) + (below[2 * j] + below[2 * j + 1])) * 0.25f;
+      across(half, [&](int64_t j) { mean[j] = ((above[2 * j] + above[2 * j + 1]) + (below[2 * j] + below[2 * j + 1])) * 0.25f; });
     }
   }
   float of_luma[8][8], of_chroma[8][8];
@@ -383,13 +394,12 @@ static void jpeg(Canvas& x, float factor, Room& room) {
     }
     const float* y = luma + i * W;
     auto unit = [](float v) { return std::min(std::max(v, 0.0f), 255.0f) / 255.0f; };
-#pragma omp simd
-    for (int64_t j = 0; j < x.w; j++) {
+    across(x.w, [&](int64_t j) {
       float Y = y[j] + 128.0f;
       red[j] = unit(Y + r[j] * 1.402f);
       green[j] = unit(Y + b[j] * -0.344136f + r[j] * -0.714136f);
       blue[j] = unit(Y + b[j] * 1.772f);
-    }
+    });
   }
 }
 
