@@ -261,9 +261,9 @@ static void resize(const Canvas& x, Canvas& y, Method method, double ratio, Room
 static int32_t to_level(float v) { return int32_t(rintf(std::min(std::max(v, 0.0f), 1.0f) * 255.0f)); }
 
 static void add_noise(Canvas& x, float amount, bool gaussian, bool gray, int64_t bins, const int16_t* quantiles, int64_t seed, uint32_t stream, Room& room) {
-  int64_t channels = gray ? 1 : 3, count = channels * x.h * x.w;
-  float* z = room.floats(count + 2 * x.pitch);
-  normal(Cpu(), Shape{1, channels, x.h, x.w}, PerImage<int64_t>{&seed, 1}, stream, Corner{0, 0}, z);
+  int64_t channels = gray ? 1 : 3, count = channels * x.h * x.pitch;
+  float* z = room.floats(count + 2 * x.pitch);  // the normals, laid out like the picture: a pixel's does not depend on the width
+  normal(Cpu(), Shape{1, channels, x.h, x.pitch}, PerImage<int64_t>{&seed, 1}, stream, Corner{0, 0}, z);
   if (!gaussian) {
     int32_t *level = reinterpret_cast<int32_t*>(z + count), *place = level + x.pitch;  // of a row
     auto levels = [&](int64_t c, int64_t i) {
@@ -281,7 +281,7 @@ static void add_noise(Canvas& x, float amount, bool gaussian, bool gray, int64_t
     const int16_t* table = quantiles + log_N * 256 * bins;
     float N = float(int64_t(1) << log_N), per_unit = float(bins / 12.0), last = float(bins - 1);
     for (int64_t i = 0; i < channels * x.h; i++) {
-      float* row = z + i * x.w;
+      float* row = z + i * x.pitch;
       levels(i / x.h, i % x.h);
       across(x.w, [&](int64_t j) { place[j] = level[j] * int32_t(bins) + int32_t(std::min(std::max((row[j] + 6.0f) * per_unit, 0.0f), last)); });
       for (int64_t j = 0; j < x.w; j++) place[j] = table[place[j]];  // a loop of its own: one number at a time is faster than a vector of them
@@ -290,7 +290,7 @@ static void add_noise(Canvas& x, float amount, bool gaussian, bool gray, int64_t
   }
   for (int64_t c = 0; c < 3; c++) {
     for (int64_t i = 0; i < x.h; i++) {
-      const float* n = z + ((gray ? 0 : c) * x.h + i) * x.w;
+      const float* n = z + ((gray ? 0 : c) * x.h + i) * x.pitch;
       float* row = x.row(c, i);
       across(x.w, [&](int64_t j) { row[j] = std::min(std::max(row[j] + amount * n[j], 0.0f), 1.0f); });
     }
