@@ -330,7 +330,7 @@ def harm_one_by_one(x_1, seeds, harms, scale):
             rows.append((kind, value, *rest))
         first.append(len(rows))
     tables = torch.tensor(first), torch.from_numpy(np.array(rows, np.float64)), torch.from_numpy(np.concatenate(filters).astype(np.float32))
-    return kernels.damage(x_1, seeds, *tables, poisson_quantiles(), *final)
+    return kernels.damage(x_1, seeds, *tables, poisson_steps(), *final)
 
 
 def stages(h, final):
@@ -395,6 +395,16 @@ def poisson_quantiles(bins=4096):
         np.add.at(steps, (np.arange(256)[:, None], first), 1)
         tables.append(steps[:, :bins].cumsum(1, dtype=np.int16))
     return torch.from_numpy(np.stack(tables))
+
+
+@functools.lru_cache
+def poisson_steps():
+    """poisson_quantiles() in a sixteenth of the memory, so that a processor's cache holds it: (9, 256, bins / 16) int16.
+
+    In 16 bins k rises once at most. Of each 16: 32 k of the first, and in how many of them k is that (16: in all).
+    """
+    k = poisson_quantiles().unflatten(2, (-1, 16))
+    return (32 * k[..., 0] + (k == k[..., :1]).sum(-1)).to(torch.int16)
 
 
 def jpeg(x, sizes, qualities):

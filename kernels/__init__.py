@@ -243,14 +243,14 @@ def damages(x):
     return x.device.type == "cpu" and _native(x)
 
 
-def damage(x_1, seeds, first, stages, filters, quantiles, h, w):
+def damage(x_1, seeds, first, stages, filters, steps, h, w):
     """Each picture through its own stages: x_1 (B, 3, H, W) float32 in [-1, 1], seeds (B,) int64 -> (B, 3, h, w) in [0, 1], neither clamped nor rounded.
 
     Picture b's are rows first[b] to first[b + 1] - 1 of stages (S, 5) float64, first (B + 1,) int64:
     BLUR, side, where in filters (F,) float32 it begins; RESIZE, 0 area, 1 bilinear, 2 bicubic or 3 antialiased, and height, width, 0, or 0, 0, ratio;
-    NOISE, amount, whether Gaussian, whether gray, stream of noise; JPEG, factor of its tables. quantiles (9, 256, bins) int16: reference.photon_noise.
+    NOISE, amount, whether Gaussian, whether gray, stream of noise; JPEG, factor of its tables. steps (9, 256, bins / 16) int16: degradations.poisson_steps.
     """
-    return ops.damage(x_1, seeds, first, stages, filters, quantiles, h, w)
+    return ops.damage(x_1, seeds, first, stages, filters, steps, h, w)
 
 
 # ---- what PyTorch's compiler and autograd want to know of the operators

@@ -57,6 +57,11 @@ template <class F> OFTSR void across(int64_t n, F f) {
   }
 }
 
+OFTSR float within(float v, float limit) {
+  v = v < 0.0f ? 0.0f : v;
+  return v > limit ? limit : v;
+}
+
 // ---- the filter
 
 constexpr int ROWS = 4, COLUMNS = LANES == 16 ? 4 : 2;  // of a block, whose sums stay in registers; columns of vectors
@@ -258,14 +263,14 @@ static void resize(const Canvas& x, Canvas& y, Method method, double ratio, Room
 
 // ---- noise
 
-static int32_t to_level(float v) { return int32_t(rintf(std::min(std::max(v, 0.0f), 1.0f) * 255.0f)); }
+OFTSR int32_t to_level(float v) { return int32_t(rintf(within(v, 1.0f) * 255.0f)); }
 
-static void add_noise(Canvas& x, float amount, bool gaussian, bool gray, int64_t bins, const int16_t* quantiles, int64_t seed, uint32_t stream, Room& room) {
+static void add_noise(Canvas& x, float amount, bool gaussian, bool gray, int64_t cells, const int16_t* steps, int64_t seed, uint32_t stream, Room& room) {
   int64_t channels = gray ? 1 : 3, count = channels * x.h * x.pitch;
-  float* z = room.floats(count + 2 * x.pitch);  // the normals, laid out like the picture: a pixel's does not depend on the width
+  float* z = room.floats(count + 3 * x.pitch);  // the normals, laid out like the picture: a pixel's does not depend on the width
   normal(Cpu(), Shape{1, channels, x.h, x.pitch}, PerImage<int64_t>{&seed, 1}, stream, Corner{0, 0}, z);
   if (!gaussian) {
-    int32_t *level = reinterpret_cast<int32_t*>(z + count), *place = level + x.pitch;  // of a row
+    int32_t *level = reinterpret_cast<int32_t*>(z + count), *bin = level + x.pitch, *step = bin + x.pitch;  // of a row
     auto levels = [&](int64_t c, int64_t i) {
       const float *r = x.row(c, i), *g = x.row(1, i), *b = x.row(2, i);
       if (gray) across(x.w, [&](int64_t j) { level[j] = to_level(r[j] * 0.2989f + g[j] * 0.587f + b[j] * 0.114f); });
@@ -278,21 +283,27 @@ static void add_noise(Canvas& x, float amount, bool gaussian, bool gray, int64_t
     }
     int64_t different = std::count(seen, seen + 256, true), log_N = 0;
     while ((int64_t(1) << log_N) < different) log_N++;
-    const int16_t* table = quantiles + log_N * 256 * bins;
-    float N = float(int64_t(1) << log_N), per_unit = float(bins / 12.0), last = float(bins - 1);
+    const int16_t* table = steps + log_N * 256 * cells;
+    float N = float(int64_t(1) << log_N), per_unit = float(16 * cells / 12.0), last = float(16 * cells - 1);
     for (int64_t i = 0; i < channels * x.h; i++) {
       float* row = z + i * x.pitch;
       levels(i / x.h, i % x.h);
-      across(x.w, [&](int64_t j) { place[j] = level[j] * int32_t(bins) + int32_t(std::min(std::max((row[j] + 6.0f) * per_unit, 0.0f), last)); });
-      for (int64_t j = 0; j < x.w; j++) place[j] = table[place[j]];  // a loop of its own: one number at a time is faster than a vector of them
-      across(x.w, [&](int64_t j) { row[j] = float(place[j]) / N - float(level[j]) / 255.0f; });
+      across(x.w, [&](int64_t j) {
+        bin[j] = int32_t(within((row[j] + 6.0f) * per_unit, last));
+        step[j] = level[j] * int32_t(cells) + (bin[j] >> 4);
+      });
+      for (int64_t j = 0; j < x.w; j++) step[j] = table[step[j]];  // a loop of its own: one number at a time is faster than a vector of them
+      across(x.w, [&](int64_t j) {
+        int32_t k = (step[j] >> 5) + ((bin[j] & 15) >= (step[j] & 31));
+        row[j] = float(k) / N - float(level[j]) / 255.0f;
+      });
     }
   }
   for (int64_t c = 0; c < 3; c++) {
     for (int64_t i = 0; i < x.h; i++) {
       const float* n = z + ((gray ? 0 : c) * x.h + i) * x.pitch;
       float* row = x.row(c, i);
-      across(x.w, [&](int64_t j) { row[j] = std::min(std::max(row[j] + amount * n[j], 0.0f), 1.0f); });
+      across(x.w, [&](int64_t j) { row[j] = within(row[j] + amount * n[j], 1.0f); });
     }
   }
 }
@@ -357,7 +368,7 @@ static void jpeg(Canvas& x, float factor, Room& room) {
     int64_t w = i < x.h ? x.w : 0;
     const float *red = x.row(0, i), *green = x.row(1, i), *blue = x.row(2, i);
     across(w, [&](int64_t j) {
-      float R = std::min(std::max(red[j], 0.0f), 1.0f) * 255.0f, G = std::min(std::max(green[j], 0.0f), 1.0f) * 255.0f, B = std::min(std::max(blue[j], 0.0f), 1.0f) * 255.0f;
+      float R = within(red[j], 1.0f) * 255.0f, G = within(green[j], 1.0f) * 255.0f, B = within(blue[j], 1.0f) * 255.0f;
       to[j] = R * 0.299f + G * 0.587f + B * 0.114f - 128.0f;
       b[j] = R * -0.168736f + G * -0.331264f + B * 0.5f;
       r[j] = R * 0.5f + G * -0.418688f + B * -0.081312f;
@@ -393,7 +404,7 @@ static void jpeg(Canvas& x, float factor, Room& room) {
       }
     }
     const float* y = luma + i * W;
-    auto unit = [](float v) { return std::min(std::max(v, 0.0f), 255.0f) / 255.0f; };
+    auto unit = [](float v) { return within(v, 255.0f) / 255.0f; };
     across(x.w, [&](int64_t j) {
       float Y = y[j] + 128.0f;
       red[j] = unit(Y + r[j] * 1.402f);
@@ -407,7 +418,7 @@ static void jpeg(Canvas& x, float factor, Room& room) {
 
 static int64_t part(int64_t n, double ratio) { return std::max<int64_t>(1, int64_t(double(n) * ratio)); }
 
-void damage(Shape s, const int64_t* first, const Stage* stages, const float* filters, int64_t bins, const int16_t* quantiles, PerImage<int64_t> seeds,
+void damage(Shape s, const int64_t* first, const Stage* stages, const float* filters, int64_t cells, const int16_t* steps, PerImage<int64_t> seeds,
             int64_t h, int64_t w, const float* x_1, float* out) {
   torch::stable::parallel_for(0, s.B, 1, [&](int64_t begin, int64_t end) {
     Canvas x, other;
@@ -428,7 +439,7 @@ void damage(Shape s, const int64_t* first, const Stage* stages, const float* fil
             resize(x, other, Method(int(d->a)), d->d, room);
             std::swap(x, other);
             break;
-          case Stage::NOISE: add_noise(x, float(d->a), d->b, d->c, bins, quantiles, seeds[b], uint32_t(d->d), room); break;
+          case Stage::NOISE: add_noise(x, float(d->a), d->b, d->c, cells, steps, seeds[b], uint32_t(d->d), room); break;
           default: jpeg(x, float(d->a), room);
         }
       }

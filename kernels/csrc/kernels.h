@@ -86,7 +86,7 @@ struct Stage {
   double a, b, c, d;  // BLUR: side, first of `filters`; RESIZE: method, then height and width, or (not 0) a ratio; NOISE: amount, gaussian, gray, stream; JPEG: factor
 };
 // Picture b, x_1 (B, 3, H, W) in [-1, 1], goes through the stages first[b] to first[b + 1] - 1, to out (B, 3, h, w).
-void damage(Shape, const int64_t* first, const Stage* stages, const float* filters, int64_t bins, const int16_t* quantiles, PerImage<int64_t> seeds,
+void damage(Shape, const int64_t* first, const Stage* stages, const float* filters, int64_t cells, const int16_t* steps, PerImage<int64_t> seeds,
             int64_t h, int64_t w, const float* x_1, float* out);
 
 // f(T()) with the storage type that a view has.

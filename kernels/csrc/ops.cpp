@@ -448,26 +448,27 @@ template <class T> static const T* values(const Tensor& x, const char* name, Sca
   return static_cast<const T*>(kept.data_ptr());
 }
 
-static Tensor damage_(const Tensor& x_1, const Tensor& seeds, const Tensor& first, const Tensor& stages, const Tensor& filters, const Tensor& quantiles, int64_t h, int64_t w) {
+static Tensor damage_(const Tensor& x_1, const Tensor& seeds, const Tensor& first, const Tensor& stages, const Tensor& filters, const Tensor& steps, int64_t h, int64_t w) {
   Shape s = shape(x_1, "x_1");
   check(s.C == 3, "x_1 must have 3 channels, not ", s.C, ".");
-  int64_t count = stages.dim() == 2 ? stages.size(0) : 0, taps = filters.dim() == 1 ? filters.size(0) : 0, bins = quantiles.dim() == 3 ? quantiles.size(2) : 0;
+  int64_t count = stages.dim() == 2 ? stages.size(0) : 0, taps = filters.dim() == 1 ? filters.size(0) : 0, cells = steps.dim() == 3 ? steps.size(2) : 0;
   Tensor kept[5], y = new_vector(x_1, {s.B, 3, h, w}, ScalarType::Float);
   const float *in = values<float>(x_1, "x_1", ScalarType::Float, {s.B, 3, s.H, s.W}, kept[0]), *f = values<float>(filters, "filters", ScalarType::Float, {taps}, kept[1]);
   const int64_t* begin = values<int64_t>(first, "first", ScalarType::Long, {s.B + 1}, kept[2]);
-  const int16_t* q = values<int16_t>(quantiles, "quantiles", ScalarType::Short, {9, 256, bins}, kept[3]);
+  const int16_t* q = values<int16_t>(steps, "steps", ScalarType::Short, {9, 256, cells}, kept[3]);
   const Stage* stage = reinterpret_cast<const Stage*>(values<double>(stages, "stages", ScalarType::Double, {count, 5}, kept[4]));
   for (int64_t b = 0; b <= s.B; b++) check(begin[b] >= (b ? begin[b - 1] : 0) && begin[b] <= count, "first must rise from 0 to the number of stages, ", count, ".");
   for (const Stage* d = stage; d < stage + count; d++) {
-    if (d->kind == Stage::BLUR)
+    int kind = int(d->kind);
+    if (kind == Stage::BLUR)
       check(d->a >= 3 && int64_t(d->a) % 2 == 1 && d->b >= 0 && d->b + d->a * d->a <= taps, "a filter must be of k x k with k odd, 3 at least, and lie in the ", taps, " of filters.");
-    else if (d->kind == Stage::RESIZE)
+    else if (kind == Stage::RESIZE)
       check(d->a >= 0 && d->a <= int(Method::antialiased) && (d->d > 0 || (d->b >= 1 && d->c >= 1)), "a resizing must name a method, 0 to 3, and a size or a ratio.");
     else
-      check(d->kind == Stage::NOISE || d->kind == Stage::JPEG, "a stage must be of the kind 0 to 3, not ", d->kind, ".");
+      check(kind == Stage::NOISE || kind == Stage::JPEG, "a stage must be of the kind 0 to 3, not ", kind, ".");
   }
   PerImage<int64_t> seed = per_image<int64_t>(seeds, "seeds", y);
-  if (!empty(s)) damage(s, begin, stage, f, bins, q, seed, h, w, in, static_cast<float*>(y.data_ptr()));
+  if (!empty(s)) damage(s, begin, stage, f, cells, q, seed, h, w, in, static_cast<float*>(y.data_ptr()));
   return y;
 }
 
@@ -505,7 +506,7 @@ STABLE_TORCH_LIBRARY(oftsr, m) {
   m.def("conv3x3(Tensor x, Tensor weight, Tensor bias) -> Tensor");
   m.def("conv3x3_weight_gradient(Tensor x, Tensor dy) -> Tensor");
   m.def("to_uint8(Tensor x) -> Tensor");
-  m.def("damage(Tensor x_1, Tensor seeds, Tensor first, Tensor stages, Tensor filters, Tensor quantiles, int h, int w) -> Tensor");
+  m.def("damage(Tensor x_1, Tensor seeds, Tensor first, Tensor stages, Tensor filters, Tensor steps, int h, int w) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
