@@ -287,7 +287,11 @@ def real(x_1, seeds, scale, strength=-1.0):
     if x_1.shape[2] % scale or x_1.shape[3] % scale:
         raise ValueError(f"{x_1.shape[2]} x {x_1.shape[3]} is not a multiple of the scale {scale}")
     harms, x_1 = [draw(numbers, strength) for numbers in uniforms(seeds, 100)], x_1.float()
-    y = (harm_one_by_one if kernels.damages(x_1) else harm)(x_1, seeds, harms, scale)
+    if kernels.damages(x_1):
+        y = harm_one_by_one(x_1, seeds, harms, scale)
+    else:
+        size = 1 if x_1.device.type == "cpu" else len(x_1)  # one picture stays in a CPU's cache
+        y = torch.cat([harm(x_1[i : i + size], seeds[i : i + size], harms[i : i + size], scale) for i in range(0, len(x_1), size)])
     untouched = [i for i, h in enumerate(harms) if h.strength == 0]
     if untouched:
         y[untouched] = H(x_1[untouched], "bicubic", scale) * 0.5 + 0.5
@@ -321,12 +325,12 @@ def harm(x_1, seeds, harms, scale):
 
 def harm_one_by_one(x_1, seeds, harms, scale):
     """harm() by the extension, to the same bits: each picture goes through its own stages alone, and stays in the processor's cache."""
-    final, first, rows, filters = (x_1.shape[2] // scale, x_1.shape[3] // scale), [0], [], [np.zeros(0)]
+    final, first, rows, filters, taps = (x_1.shape[2] // scale, x_1.shape[3] // scale), [0], [], [np.zeros(0)], 0
     for h in harms:
         for kind, value, *rest in stages(h, final):
             if kind == kernels.BLUR:
                 filters.append(value.ravel())
-                value, rest = len(value), [sum(len(f) for f in filters[:-1]), 0, 0]
+                value, rest, taps = len(value), (taps, 0, 0), taps + value.size
             rows.append((kind, value, *rest))
         first.append(len(rows))
     tables = torch.tensor(first), torch.from_numpy(np.array(rows, np.float64)), torch.from_numpy(np.concatenate(filters).astype(np.float32))

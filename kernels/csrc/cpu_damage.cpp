@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -209,13 +210,17 @@ struct Taps {
   }
 };
 
-// The lanes of two vectors in turn: a0 b0 a1 b1 ..., its first and its second half.
+// The lanes of two vectors in turn, a0 b0 a1 b1 ..., from lane FROM of each.
+template <int FROM, int... I> OFTSR Vector in_turn(Vector a, Vector b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (FROM + I / 2 + I % 2 * int(LANES))...);
+#else
+  return __builtin_shuffle(a, b, Places{(FROM + I / 2 + I % 2 * int(LANES))...});
+#endif
+}
 OFTSR void interleave(Vector a, Vector b, Vector& first, Vector& second) {
-  Places low, high;
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) low[i] = i / 2 + i % 2 * LANES, high[i] = low[i] + LANES / 2;
-  first = __builtin_shuffle(a, b, low);
-  second = __builtin_shuffle(a, b, high);
+  first = in_turn<0>(a, b, std::make_integer_sequence<int, LANES>());
+  second = in_turn<LANES / 2>(a, b, std::make_integer_sequence<int, LANES>());
 }
 
 // LANES rows of LANES numbers: interleaving the upper half's rows with the lower's turns the bits of (row, place) round by one.
