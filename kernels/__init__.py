@@ -343,7 +343,7 @@ FAKE = {  # shapes, dtypes and memory formats of the outputs
     "group_norm_silu": _norm_outputs,
     "group_norm_silu_backward": _norm_gradients,
     "conv3x3": lambda x, weight, bias: _last(x, x.shape[0], weight.shape[0], *x.shape[2:]),
-    "conv3x3_bf16": lambda x, U, bias, doubled: _last(x, x.shape[0], len(bias), *(side << doubled for side in x.shape[2:])),
+    "conv3x3_bf16": lambda x, U, bias, doubled: _last(x, x.shape[0], len(bias), *(side * (1 + doubled) for side in x.shape[2:])),
     "conv3x3_weight_gradient": lambda x, dy: _last(x, dy.shape[1], x.shape[1], 3, 3),
     "to_uint8": lambda x: x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=torch.uint8),
 }

@@ -525,6 +525,7 @@ def operator_calls():
         "group_norm_silu": (g(h), 32, g(w), g(b), g(scale), g(shift), 1e-5),
         "group_norm_silu_backward": (y, h, 32, w, b, scale, shift, mean, rstd), "to_uint8": (v,),
         "conv3x3": (g(h), *map(g, conv_inputs(1, 32, 64, 1, 1)[1:])), "conv3x3_weight_gradient": (h, y),
+        "conv3x3_bf16": (h.bfloat16(), torch.zeros(36, 2, 16, 32, 2, dtype=torch.bfloat16), torch.zeros(64), True),
     }
 
 
@@ -533,6 +534,8 @@ def test_opcheck():
     native("cpu")
     calls = operator_calls()
     assert set(calls) == set(kernels.FAKE)
+    if not torch.ops.oftsr.multiplies_in_bf16():
+        del calls["conv3x3_bf16"]
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.oftsr, name).default, args)
 
@@ -584,6 +587,9 @@ ERRORS = {
     "conv3x3 takes multiples of 32 channels, not 3 to 32.": lambda x: torch.ops.oftsr.conv3x3(x, torch.zeros(32, 3, 3, 3), torch.zeros(32)),
     "conv3x3 takes multiples of 32 channels, not 0 to 32.": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 0, 4, 4), torch.zeros(32, 0, 3, 3), torch.zeros(32)),
     "dy must have the shape (1, O, 4, 4), not (1, 32, 4, 5).": lambda x: torch.ops.oftsr.conv3x3_weight_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 5)),
+    "x must be a bfloat16 tensor on the CPU.": lambda x: torch.ops.oftsr.conv3x3_bf16(x, torch.zeros(1), torch.zeros(32), False),
+    "U must be a transformed weight, bfloat16 (36, O / 32, 16, 32, 2), not (36, 1, 32, 32).": lambda x: torch.ops.oftsr.conv3x3_bf16(
+        torch.zeros(1, 32, 4, 4).bfloat16(), torch.zeros(36, 1, 32, 32).bfloat16(), torch.zeros(32), False),
     "scale and shift must be given together.": lambda x: kernels.group_norm_silu(x, 3, torch.ones(3), torch.zeros(3), torch.zeros(2, 3)),
     "the mean over no elements is not defined: v_step has the shape (0, 3, 4, 4).": lambda x: kernels.distill_loss(x[:0], x[:0], x[:0], torch.rand(0), torch.rand(0)),
 }

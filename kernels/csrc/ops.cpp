@@ -426,11 +426,11 @@ static Tensor conv3x3_(const Tensor& x, const Tensor& weight, const Tensor& bias
 // U: the transformed weight, as kernels.h says.
 static Tensor conv3x3_bf16_(const Tensor& x, const Tensor& U, const Tensor& bias, bool doubled) {
   Shape s = shape(x, "x");
-  int64_t O = 32 * U.size(1);
-  check_channels(s.C, O);
+  int64_t O = U.dim() == 5 ? 32 * U.size(1) : 0;
   check(x.is_cpu() && x.scalar_type() == ScalarType::BFloat16, "x must be a bfloat16 tensor on the CPU.");
-  check(U.is_cpu() && U.scalar_type() == ScalarType::BFloat16 && U.dim() == 5 && U.is_contiguous() && U.numel() == 36 * s.C * O, "U must be a transformed weight, bfloat16 (36, ",
-        "O / 32, ", s.C / 2, ", 32, 2), not ", shape_of(U), ".");
+  check(U.is_cpu() && U.scalar_type() == ScalarType::BFloat16 && U.is_contiguous() && O && U.numel() == 36 * s.C * O,
+        "U must be a transformed weight, bfloat16 (36, O / 32, ", s.C / 2, ", 32, 2), not ", shape_of(U), ".");
+  check_channels(s.C, O);
   check(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == O, "bias must be float32 of the shape (", O, ",), not ", shape_of(bias), ".");
   s.H <<= doubled, s.W <<= doubled;
   Tensor kept = in_order(x, MemoryFormat::ChannelsLast), y = new_last(x, {s.B, O, s.H, s.W});
