@@ -55,6 +55,7 @@ from distill import distillation_losses
 from export import reference_kernels
 from kernels import reference
 from pictures import read_image
+from report import peak_memory
 from train_flow import flow_loss
 
 SIGMA_P, DT, ALPHA = 0.2, 0.1, 0.5
@@ -492,8 +493,8 @@ def bench_train(device, preset, batch, size, steps, compiled):
     print(f"ours is {totals[0] / totals[1]:.2f} times as fast as published; stage 2 takes {totals[2] / totals[1]:.2f} times a step of stage 1")
     if compiled:
         print(f"compiled stage 1 is {totals[1] / totals[3]:.2f}, stage 2 {totals[2] / totals[4]:.2f} times as fast as not")
-    if device == "cuda":
-        print(f"peak memory of all of it {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+    if peak := peak_memory(torch.device(device)):
+        print(f"peak memory of all of it {peak:.2f} GiB")
 
 
 # --- pictures for training ---

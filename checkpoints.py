@@ -23,7 +23,8 @@ def save_checkpoint(path, checkpoint):
     path = Path(path)
 
     def write(tmp):
-        torch.save(checkpoint, tmp)
+        with open(tmp, "wb") as f:  # given the name alone, torch does not say why it cannot write
+            torch.save(checkpoint, f)
         if path.exists():
             copy_file(path, one_before(path))
 

@@ -11,8 +11,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -40,15 +42,28 @@ STUDENTS = {"Eq. (9)": EULER, "BOOT": [*EULER, "--loss", "boot"], "PINN": [*EULE
 TEACHER, DIAL, STEPS = "sigma_p .1", (0, 0.25, 0.5, 0.75, 1), (1, 2, 4, 8, 16)
 
 
+BUSY = threading.Lock()  # held while this process of the pool trains
+
+
+def end_with_parent():
+    """In a process of the pool: when the program that made it is gone, its training saves and stops, and it ends."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        BUSY.acquire()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def train(job):
     """Train one network, if it is not there, in a process of its own; its output goes to out/log.txt. job: (script's name, flags, out)."""
     script, flags, out = job
     torch.set_num_threads(1)
-    if (out / "weights.safetensors").exists():
+    if (out / "weights.safetensors").exists() or not multiprocessing.parent_process().is_alive():
         return
     out.mkdir(parents=True, exist_ok=True)
     resume = ["--init_from", "resume"] if (out / "ckpt.pt").exists() else []
-    with open(out / "log.txt", "a") as f, redirect_stdout(f), redirect_stderr(f):
+    with BUSY, open(out / "log.txt", "a") as f, redirect_stdout(f), redirect_stderr(f):
         {"train_flow": train_flow, "distill": distill}[script].main([*flags, "--out_dir", str(out), *resume])
 
 
@@ -172,7 +187,7 @@ def main(argv=None):
     students = [("distill", [*common(seed, max(1, args.iters // 3)), "--teacher", str(out / TEACHER / "weights.safetensors"), *flags], out / name)
                 for seed, out in outs.items() for name, flags in STUDENTS.items()]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         for jobs in (flows, students):
             for i, _ in enumerate(pool.map(train, jobs), 1):
                 print(f"{jobs[0][0]}: {i} of {len(jobs)} trained", file=sys.stderr, flush=True)

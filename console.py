@@ -76,8 +76,11 @@ def refusals(path):
         yield
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SystemError, struct.error) as e:  # RuntimeError: torch.save's, when the disk is full
-        why = e.strerror if isinstance(e, OSError) and e.strerror else (str(e) or type(e).__name__).splitlines()[0]
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SystemError, struct.error) as e:
+        first = e
+        while not isinstance(first, OSError) and first.__context__:  # when the disk is full torch.save says that first, and last that it stands where it should not
+            first = first.__context__
+        why = first.strerror if isinstance(first, OSError) and first.strerror else (str(e) or type(e).__name__).splitlines()[0]
         raise InputError(f"cannot write {path}: {why}") from e
 
 

@@ -22,7 +22,6 @@ rounded to 8 bits, saved as a PNG under --out_dir, and read back by the same cod
 """
 import argparse
 import functools
-import hashlib
 import importlib.util
 import math
 import os
@@ -37,12 +36,14 @@ import torch.distributed as dist
 
 import data
 import figures
+from checkpoints import file_sha256
 from console import InputError, Parser, Progress, in_range
 from degradations import H_T, H, observe, to_float
-from folders import note
+from folders import check_memory, note
 from kernels import to_uint8
 from metrics import ALONE, BACKBONES, FEW, FID_MODES, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
 from model import UNet, keep_freed_memory, load_model, pick_device, pick_dtype
+from niqe import check_blocks
 from partners import HIGH, LOW, find_partners
 from pairs import by_stem, check_pairs, clear, find_alone, find_pairs, find_truth, load_truth, stream_of, write_pairs
 from pictures import list_images, read_image, write_picture
@@ -105,11 +106,8 @@ def load_network(path, device, args):
         raise InputError(f"{path} does not say which task it was trained for: name it with --dataset")
     if not task.condition and task.sigma_p == 1:
         raise InputError(f"{path} draws pictures out of nothing: there are no true ones to measure them against")
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return Network("", path, net, stage, task, digest.hexdigest()[:12], meta.get("step"), meta.get("data"))
+    check_memory(meta.get("data"), path)
+    return Network("", path, net, stage, task, file_sha256(path), meta.get("step"), meta.get("data"))
 
 
 def load_networks(files, device, args):
@@ -552,13 +550,14 @@ def prepare(args, device, rank, world):
         low = {stem: partners[path] for stem, path in sources.items()}
     rows[1:1] = find_methods(args.methods, list(sources), not args.pictures, {row.name for row in rows})
     figures.choose(sorted(sources), args.figure_pictures)
-    out_dir = Path(args.out_dir)
+    out_dir, sizes = Path(args.out_dir), {}  # of the results
     for stem, path in sources.items():
-        if not args.no_truth:
-            load_truth(path, task, low and low[stem])
+        sizes[path] = [side * task.scale for side in read_image(path).shape[:2]] if args.no_truth else load_truth(path, task, low and low[stem]).shape[:2]
         if out_dir.resolve() in path.resolve().parents:
             raise InputError(f"{path} lies in --out_dir {out_dir}, where results go: choose another")
     metrics = pick(args, math.ceil(task.scale), device)
+    for path, size in sizes.items() if "niqe" in metrics.names() else ():
+        check_blocks(path, *size)
     if args.plot and not {"psnr_rgb", "lpips"} <= metrics.pictures.keys():
         raise InputError("--plot draws psnr_rgb against lpips, and not both are measured")
     if args.tune_t and args.tune_t[0] not in metrics.names():

@@ -291,6 +291,14 @@ def remember(split):
                 train_names=pack(map(name_key, split.train)), val_names=pack(map(name_key, split.val)), train_contents=pack(contents))
 
 
+def check_memory(memory, path):
+    """Raises InputError if that, in the file at path, is neither None nor what `remember` gives, with "before" a list of such."""
+    def kept(m):
+        return isinstance(m, dict) and all(isinstance(m.get(k), str) and re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", m[k]) for k in ("sha256", "train_names", "val_names", "train_contents"))
+    if memory and not (kept(memory) and isinstance(memory.get("before", []), list) and all(map(kept, memory.get("before", [])))):
+        raise InputError(f"{path} is broken: its list of the pictures that it was trained on is none")
+
+
 def trained_on(paths, memory):
     """Of paths, those that a run with that memory was trained on, and those that only share a name with one: two lists.
 

@@ -608,6 +608,17 @@ def load_average(net, meta, args):
     return average(networks, [1 - sum(shares), *shares])
 
 
+def add_learnt(net, args):
+    """net + NEW - OLD: what the flow of OLD learnt until NEW, added to a network that was trained on from OLD. Raises InputError if they do not fit."""
+    form = lambda config: {**config, "one_step": None, "folder": None}
+    flows = [load_model(file, model=args.model)[0] for file in args.add]
+    for file, flow in zip(args.add, flows):
+        if form(flow.config) != form(net.config):
+            raise InputError(f"--add: {file} does not hold the network of {args.file}, with the same sigmas")
+        flow.config = net.config
+    return average([net, *flows], [1, 1, -1])
+
+
 def convert(argv=None):
     """Any file that load_model takes as a release, with what it does not say from flags. Raises InputError."""
     from dataclasses import asdict
@@ -621,6 +632,7 @@ def convert(argv=None):
     p.add_argument("--stage", choices=("flow", "distill"), help="what it is, for a file that does not say")
     p.add_argument("--dataset", choices=TASKS, help="its task, for a file that does not say")
     p.add_argument("--average", nargs="+", default=[], type=share, metavar="FILE[=SHARE]", help="average IN's weights with those of these files, later ones of the same run or of a run from it: each has its share of 1, or all the same, and IN has the rest")
+    p.add_argument("--add", nargs=2, metavar=("NEW", "OLD"), help="IN plus what NEW learnt since OLD: a student goes along with its teacher OLD, which was trained on, before any new distillation")
     args = p.parse_args(argv)
     if not args.release.endswith(".safetensors"):
         raise InputError(f"{args.release} should end in .safetensors")
@@ -630,6 +642,8 @@ def convert(argv=None):
             raise InputError(f"{args.file} says that it is {known}: --{flag} is for files that do not")
     if args.average:
         net = load_average(net, meta, args)
+    if args.add:
+        net = add_learnt(net, args)
     stage = meta["stage"] or args.stage
     if stage is None:
         raise InputError(f"{args.file} does not say what it is: add --stage flow or --stage distill")

@@ -25,10 +25,15 @@ def niqe(y):
     sqrt((mu - mu_0)^T ((S + S_0) / 2)^-1 (mu - mu_0)). In float64, as MATLAB's; the float32 halving of Python's versions moves
     small pictures by up to .01. Raises InputError for a picture of less than two blocks of 96 x 96.
     """
-    if (y.shape[2] // BLOCK) * (y.shape[3] // BLOCK) < 2:
-        raise InputError(f"NIQE needs two blocks of {BLOCK} x {BLOCK} pixels: {y.shape[3]} x {y.shape[2]} is too small")
+    check_blocks("a picture", *y.shape[2:])
     good = np.load(NIQE_MODEL)
     return torch.tensor([_niqe(y, good["mu_pris_param"], good["cov_pris_param"]) for y in y[:, 0].cpu().double().round().numpy()], dtype=torch.float64)
+
+
+def check_blocks(what, height, width):
+    """Raises InputError, which names `what`, if it is too small."""
+    if (height // BLOCK) * (width // BLOCK) < 2:
+        raise InputError(f"NIQE needs two blocks of {BLOCK} x {BLOCK} pixels: {what} of {width} x {height} is too small")
 
 
 def _niqe(y, good_mean, good_covariance):

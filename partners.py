@@ -3,8 +3,10 @@ import re
 
 import torch
 
+import shards
 from console import InputError
-from pictures import list_images, read_image
+from folders import list_folder
+from pictures import EXTENSIONS, read_image
 
 LOW, HIGH = re.compile(r"(_lr\d*|x\d+)$", re.IGNORECASE), re.compile(r"_hr$", re.IGNORECASE)  # RealSR's and DIV2K's endings of stems
 
@@ -12,11 +14,14 @@ LOW, HIGH = re.compile(r"(_lr\d*|x\d+)$", re.IGNORECASE), re.compile(r"_hr$", re
 def find_partners(paths, lr_dir):
     """The low-resolution file of each true picture: {path: path of lr_dir}, paired by stem less _HR, and _LR, _LR4 or x4 (RealSR, DIV2K).
 
-    Both kinds may lie in one folder: what is named as low-resolution there is no true picture. Raises InputError that
-    names a picture without a partner, or with two.
+    lr_dir is a folder, or tars as shards.expand takes them. Both kinds may lie in one: what is named as low-resolution there is
+    no true picture. Raises InputError that names a picture without a partner, or with two.
     """
-    low = {}
-    for p in list_images(lr_dir):
+    low, (folder, tars) = {}, shards.expand(lr_dir)
+    files = list_folder(folder, tars)
+    if not files:
+        raise InputError(f"no pictures in {lr_dir} (looked for {' '.join(sorted(EXTENSIONS))})")
+    for p in (folder / file for file in files):
         stem = LOW.sub("", p.stem)
         if not HIGH.search(p.stem) and low.setdefault(stem, p) is not p:
             raise InputError(f"{low[stem]} and {p} are both of {stem}: which is meant?")

@@ -126,6 +126,7 @@ class Run:
     low: dict = None  # {path: path of its low-resolution partner}, with --lr_dir
     memory: dict = None  # and of the lists of pictures: folders.remember's
     lock: object = None  # the open file that says that the folder is taken
+    found: tuple = None  # `stamp` of the ckpt.pt that it goes on from, or of none
     fell_back: bool = False  # ckpt.pt is broken: going on from the one before it
     boards: list = field(default_factory=list)  # where else the log is shown: boards.open_boards'
 
@@ -162,10 +163,10 @@ def program(main, name):
 
 
 class Tolerant:
-    """A stream whose reader may go away (`| head`, a closed terminal, a full disk behind >): what is written then is lost, no more."""
+    """A stream whose reader may go away (`| head`, a closed terminal, a full disk behind >), or that never was (None, after >&-): what is written then is lost, no more."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115, open as long as the program runs
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -317,6 +318,7 @@ def absent(args, path):
 def find_checkpoint(run):
     """The checkpoint that --init_from resume goes on from, None for a new run. Raises InputError if it is another run's, or would be overwritten."""
     path = run.out_dir / "ckpt.pt"
+    run.found = stamp(path)
     if run.args.init_from != "resume":
         if path.exists() and not run.args.dry_run:
             raise InputError(f"{run.out_dir} holds a training already: --init_from resume goes on with it (auto does, or else starts one), another --out_dir leaves it alone")
@@ -338,15 +340,20 @@ def check_contents(run, checkpoint, path):
     """Raises InputError if a checkpoint is not one of this stage, or does not hold what it says."""
     if checkpoint.get("stage") != run.stage:
         raise InputError(f"{path} is not a checkpoint of this script (its stage is {checkpoint.get('stage')}, not {run.stage})")
-    kinds = dict(task=dict, model=dict, step=int, scores=dict, args=dict, params=dict, ema=dict, optimizers=list)
+    kinds = dict(task=dict, model=dict, step=int, scores=dict, args=dict, params=dict, ema=dict, optimizers=list, data=(dict, type(None)))
     for name, kind in kinds.items():
         if not isinstance(checkpoint.get(name), kind):
             raise InputError(f"{path} is not a checkpoint of a training: its {name} is a {type(checkpoint.get(name)).__name__}")
     net, average = network_of(checkpoint["model"], path), checkpoint["ema"].get("shadow_params")
     check_fits(net, checkpoint["params"], path)
     check_fits(net, named(net, average, checkpoint["params"]) if isinstance(average, list) else {}, path)
-    if not isinstance(checkpoint["ema"].get("num_updates"), int):
-        raise InputError(f"{path} is not a checkpoint of a training: its average does not say how many updates it has seen")
+    folders.check_memory(checkpoint.get("data"), path)
+    counts = [(checkpoint["args"], "batch_size", 2**20), (checkpoint["args"], "gradient_accumulation_steps", 2**20), (checkpoint["args"], "world", 2**20),
+              (checkpoint, "step", 2**53), (checkpoint, "seen", 2**53), (checkpoint["ema"], "num_updates", 2**53)]
+    for held, name, most in counts:
+        count = held.get(name, 1)  # what the oldest checkpoints do not say is checked where it is read
+        if type(count) is not int or not 0 < count < most:
+            raise InputError(f"{path} is not a checkpoint of a training: its {name} is {count!r:.40}")
 
 
 def keep_global_batch(run, was):
@@ -384,6 +391,8 @@ def find_pictures(run, checkpoint, origins=()):
     they held out stays out. A dry run that names no folder goes on without pictures, and says why.
     """
     before = [meta["data"] for meta in origins if meta and meta.get("data")]
+    for memory in before:
+        folders.check_memory(memory, "the file of --teacher or --init_from")
     memory = (checkpoint or {}).get("data") or {}
     def look():
         split = data.find_split(run.task, run.args.data_dir, memory or (before[0] if before else None), quiet=not memory)
@@ -536,7 +545,7 @@ def checked_moments(optimizer, kept):
         raise ValueError(f"the optimizer has {len(params)} parameters, the checkpoint {len(kept)}")
     for i, moments in kept.items():
         for name, m in moments.items():
-            if name != "step" and (m.shape != params[i].shape or not m.isfinite().all()):
+            if not torch.is_tensor(m) or m.shape != (torch.Size() if name == "step" else params[i].shape) or not m.isfinite().all():
                 raise ValueError(f"the optimizer's {name} of parameter {i} is not a finite tensor of its shape")
     return {i: {name: m if name == "step" else like(m, params[i]) for name, m in moments.items()} for i, moments in kept.items()}
 
@@ -633,14 +642,21 @@ class Signals:
 
 
 def open_folder(run, state):
-    """Takes the run's folder for this run alone, notes the start in starts.jsonl, and rewinds the log to the state. Raises InputError if another run holds it."""
-    if not run.master:
-        return
+    """Takes the run's folder for this run alone, notes the start in starts.jsonl, and rewinds the log to the state. Raises InputError if another run holds it, or has saved there since this one looked."""
+    step = from_first(run, lambda: enter_folder(run, state))
+    if step != state.step:
+        raise InputError(f"{run.out_dir}/ckpt.pt was saved while this training began: process {run.rank} read step {state.step}, the first one step {step}: start again")
+
+
+def enter_folder(run, state):
+    """What open_folder does in the first process: the step of the state."""
     path = run.out_dir / "ckpt.pt"
     try:
         run.out_dir.mkdir(parents=True, exist_ok=True)
         run.lock = open(run.out_dir / "starts.jsonl", "a")  # noqa: SIM115, open as long as the run lives
         take(run.lock, run.out_dir)
+        if stamp(path) != run.found:
+            raise InputError(f"another process has trained into {run.out_dir} meanwhile: start again, with --init_from auto to go on with it")
         if run.fell_back:
             if path.exists():
                 os.replace(path, path.with_name("ckpt_broken.pt"))
@@ -654,6 +670,16 @@ def open_folder(run, state):
         if "psnr_lr" in entry:
             state.validated, state.scores = entry["step"], {k: v for k, v in entry.items() if k != "step"}
     run.boards = boards.open_boards(run, state)
+    return state.step
+
+
+def stamp(path):
+    """What every save of a file changes: its number, size and time; None if there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def take(file, folder, wait=10):

@@ -57,7 +57,7 @@ def test_the_network(capsys, monkeypatch):
 def test_the_training_table_has_its_rows(capsys):
     bench.main(["train", "--device", "cpu", "--size", "32", "--model", "tiny", "--batch", "1", "--steps", "1"])
     out = capsys.readouterr().out
-    assert all(name in out for name in ("stage 1, as published", "stage 1, ours", "stage 2, ours", *bench.PARTS)) and "times as fast as published" in out
+    assert all(name in out for name in ("stage 1, as published", "stage 1, ours", "stage 2, ours", *bench.PARTS)) and "times as fast as published" in out and "peak memory of all of it" in out
 
 
 def test_the_loader(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,11 @@
 """curves.py: closed forms of what it measures, and its three commands, small."""
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +17,7 @@ import curves
 import data
 from console import InputError
 from model import UNet, load_model, network_config, save_release
-from test_metrics import smooth
+from test_metrics import needs_alex, smooth
 
 
 def start():
@@ -112,3 +117,30 @@ def test_diversity_between_seeds(files, monkeypatch, capsys):
     assert np.stack([a, b, c]).std(axis=0, ddof=1).mean() > 0
     with pytest.raises(InputError, match="--seeds 2 or more"):
         run(files, monkeypatch, capsys, "diversity", ckpt=("student",))
+
+
+@needs_alex
+def test_the_claims_are_killed_and_go_on(tmp_path):
+    """README's claims.py with one update a network: kill -9 leaves no training behind; the same command goes on, keeps what was there, and prints every claim."""
+    for part, count in (("train", 2), ("val", 1)):
+        (tmp_path / part).mkdir()
+        for i in range(count):
+            Image.fromarray(smooth(i, 130, 130)).save(tmp_path / part / f"{i}.png")
+    command = [sys.executable, str(Path(__file__).parent.parent / "claims.py"), "--data_dir", tmp_path, "--out_dir", tmp_path / "out", "--iters", "1", "--seeds", "1", "--workers", "1"]
+    first = tmp_path / "out" / "iters1_seed0" / "sigma_p 0" / "weights.safetensors"
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        while not first.exists() and process.poll() is None:
+            time.sleep(0.1)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    assert first.exists() and workers
+    until = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < until, "a worker outlives the program that made it"
+        time.sleep(0.2)
+    written = first.stat().st_mtime_ns
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == written
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("1 seeds, 1 updates a flow and 1 a student") and len(lines) == 13 and all("appear" in line for line in lines[1:])

@@ -372,5 +372,5 @@ def test_niqe_prefers_photographs_and_needs_two_blocks():
     measure = metrics.pick_metrics(["niqe"], 4, "cpu").pictures["niqe"]
     noisy = (a + 40 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
     assert measure(a, None) < 3 < 6 < measure(noisy, None)
-    with pytest.raises(InputError, match="two blocks of 96 x 96 pixels: 191 x 100 is too small"):
+    with pytest.raises(InputError, match="two blocks of 96 x 96 pixels: a picture of 191 x 100 is too small"):
         measure(a[:, :, :100, :191], None)

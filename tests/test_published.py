@@ -139,6 +139,28 @@ def test_convert_averages(weights, tmp_path):
         model.convert(["convert", files[0], out, "--average", str(weights / "flow.safetensors")])
 
 
+def test_convert_adds_what_a_flow_learnt(weights, tmp_path):
+    """IN --add NEW OLD: a student's weights and NEW - OLD, still a student of its task; where nothing was learnt it stays as it is; another sigma_p is refused."""
+    student, meta = load_model(weights / "distill.safetensors")
+    old, flow_meta = load_model(weights / "flow.safetensors")
+    new = copy.deepcopy(old)
+    for p in new.parameters():
+        p.data += torch.linspace(-1, 1, p.numel()).view_as(p)
+    model.save_release(tmp_path / "new.safetensors", new, flow_meta)
+    new, out = load_model(tmp_path / "new.safetensors")[0], str(tmp_path / "moved.safetensors")
+    model.convert(["convert", str(weights / "distill.safetensors"), out, "--add", str(tmp_path / "new.safetensors"), str(weights / "flow.safetensors")])
+    moved, kept = load_model(out)
+    assert kept["stage"] == "distill" and kept["task"] == meta["task"] and moved.config == student.config
+    for p, a, b, c in zip(moved.parameters(), student.parameters(), new.parameters(), old.parameters()):
+        assert torch.equal(p, (a + b - c).bfloat16().float())
+    model.convert(["convert", str(weights / "distill.safetensors"), out, "--add", str(weights / "flow.safetensors"), str(weights / "flow.safetensors")])
+    assert same(load_model(out)[0], student)
+    other = UNet(**{**old.config, "precond": {**old.config["precond"], "sigma_p": 0.3}})
+    model.save_release(tmp_path / "other.safetensors", other, flow_meta)
+    with pytest.raises(InputError, match="other.safetensors does not hold the network of"):
+        model.convert(["convert", str(weights / "distill.safetensors"), out, "--add", str(tmp_path / "other.safetensors"), str(weights / "flow.safetensors")])
+
+
 def test_a_flow_starts_from_it_and_keeps_its_best(preset, tmp_path, monkeypatch):
     """--init_from guided-diffusion's file; --keep_best by what log.jsonl says."""
     import train_flow

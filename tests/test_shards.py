@@ -231,6 +231,33 @@ def test_shards_are_measured(both, tmp_path, weights, capsys):
     assert scores[0] == scores[1] and "3 validation pictures" in capsys.readouterr().out
 
 
+def test_pairs_in_shards_are_those_in_folders(both, tmp_path, weights):
+    """--lr_dir as tars, in a folder or named: trained and measured as the same files."""
+    low = {p.name: write_low(p) for p in (both / "DIR").rglob("*.png")}
+    for name, raw in low.items():
+        (tmp_path / "low").mkdir(exist_ok=True)
+        (tmp_path / "low" / name).write_bytes(raw)
+    for i in range(2):
+        write_tar(tmp_path / "tars" / f"{i}.tar", dict(list(low.items())[i::2]))
+    lows = [tmp_path / "low", tmp_path / "tars", f"{tmp_path}/tars/{{0..1}}.tar"]
+    nets = [train(both / folder, tmp_path / f"out{i}", "--max_iters", "2", "--lr_dir", str(lows[i]))["params"] for i, folder in enumerate(("DIR", "DIR", "shards"))]
+    assert all(torch.equal(p, other[name]) for other in nets[1:] for name, p in nets[0].items())
+    scores = []
+    for i, folder in enumerate(lows):
+        evaluate.main(["--ckpt", str(weights / "distill.safetensors"), "--data_dir", str(both / "DIR"), "--lr_dir", str(folder), "--seeds", "1", "--t", "0", "--metrics", "psnr_rgb",
+                       "--device", "cpu", "--out_dir", str(tmp_path / f"measured{i}"), "--json", str(tmp_path / "scores.json")])
+        scores.append([row["psnr_rgb"] for row in json.loads((tmp_path / "scores.json").read_text())["rows"]])
+    assert scores[0] == scores[1] == scores[2]
+    with pytest.raises(InputError, match="no file .*gone.tar"):
+        train(both / "DIR", tmp_path / "none", "--lr_dir", str(tmp_path / "gone.tar"))
+
+
+def write_low(path):
+    raw = io.BytesIO()
+    Image.open(path).resize((12, 12)).save(raw, "PNG")
+    return raw.getvalue()
+
+
 def test_files_are_a_list_of_paths(tmp_path):
     names = ["a.png", "b/ä.png", "c.tar/d.png", "\udcff.png"]
     files = folders.Files(tmp_path, names)

@@ -80,6 +80,7 @@ def test_a_signal_during_a_validation_finds_everything_saved(photos, tmp_path, m
 
 
 def test_a_terminal_that_goes_away_is_no_reason_to_end(tmp_path):
+    training.Tolerant(None).write("there was none, after >&-\n")
     read, write = os.pipe()
     os.close(read)
     stream = training.Tolerant(os.fdopen(write, "w", buffering=1))
@@ -227,6 +228,29 @@ def test_two_trainings_never_share_a_folder(photos, tmp_path, monkeypatch):  # n
     run(train_flow, photos, tmp_path, "--max_iters", 1)
 
 
+def test_what_another_run_saved_meanwhile_is_not_overwritten(photos, tmp_path, monkeypatch):  # noqa: F811
+    """Of two that start at once the second waits for the lock, while the first trains and ends: what it found before, nothing or a checkpoint, is not what is there."""
+    take = training.take
+
+    def train(steps):
+        train_flow.main([*map(str, (*SMALL, "--data_dir", photos, "--out_dir", tmp_path, "--init_from", "auto", "--max_iters", steps))])
+    for steps in (1, 2):
+        def wait(file, folder, steps=steps):
+            monkeypatch.setattr(training, "take", take)
+            train(steps)
+            take(file, folder)
+        monkeypatch.setattr(training, "take", wait)
+        with pytest.raises(InputError, match="another process has trained into"):
+            train(9)
+        assert load_checkpoint(tmp_path / "ckpt.pt")["step"] == steps
+
+
+def test_processes_that_read_different_checkpoints_do_not_train_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "from_first", lambda run, make: 7)
+    with pytest.raises(InputError, match="process 1 read step 4, the first one step 7"):
+        training.open_folder(SimpleNamespace(out_dir=tmp_path, rank=1, world=2), SimpleNamespace(step=4))
+
+
 def test_ranks_do_not_outlive_torchrun(photos, tmp_path):  # noqa: F811
     """kill -9 of the launcher, which cannot tell them: they save and stop by themselves."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", *command(photos, tmp_path, "--max_iters", 100_000)[1:]]
@@ -305,6 +329,19 @@ def test_a_loss_of_next_to_nothing_may_rise_to_a_small_one(tmp_path):
 # --- broken and hostile files ---
 
 
+def test_a_full_disk_is_called_that(tmp_path):
+    """Here a limit on the length of files: torch.save itself says that it is at an unexpected position."""
+    resource = pytest.importorskip("resource")
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, kept[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write .*ckpt.pt: File too large"):
+            save_checkpoint(tmp_path / "ckpt.pt", dict(ema=torch.zeros(10**6)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_flipped_bit_is_found_and_the_checkpoint_before_takes_over(photos, tmp_path, whole, capsys):  # noqa: F811
     run(train_flow, photos, tmp_path, "--max_iters", 8, *FLOW)
     good = (tmp_path / "ckpt.pt").read_bytes()
@@ -381,6 +418,8 @@ def test_edited_checkpoints_are_one_line(photos, tmp_path):  # noqa: F811
     good = load_checkpoint(tmp_path / "ckpt.pt")
     adam = good["optimizers"][0]
     edits = [{k: v} for k in good if k not in ("scores", "data", "seen", "least") for v in (None, "x", 3.5)]
+    edits += [dict(data="x"), dict(data={**good["data"], "train_names": 5}), dict(data={**good["data"], "before": b"x"}), dict(seen=-1), dict(ema={**good["ema"], "num_updates": -10}),
+              dict(args={**good["args"], "world": "2"}), dict(args={**good["args"], "world": 10**12}), dict(optimizers=[{**adam, "state": {**adam["state"], 0: {**adam["state"][0], "step": torch.ones(4)}}}])]
     edits += [dict(params={}), dict(params={**good["params"], "out.2.bias": torch.zeros(5)}), dict(model={**good["model"], "blocks": 2}), dict(ema={**good["ema"], "shadow_params": [1]}),
               dict(optimizers=[]), dict(optimizers=[{}]), dict(optimizers=[{**adam, "state": {}}]), dict(optimizers=[{**adam, "state": {**adam["state"], 0: dict(exp_avg=torch.ones(3))}}]),
               dict(task={**good["task"], "scale": 1000}), dict(args={})]
