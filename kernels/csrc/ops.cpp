@@ -406,7 +406,7 @@ static float* conv_values(const Tensor& x, const char* name, Tensor& kept) {
 static void check_channels(int64_t C, int64_t O) { check(C && O && C % 32 == 0 && O % 32 == 0, "conv3x3 takes multiples of 32 channels, not ", C, " to ", O, "."); }
 
 static Tensor new_last(const Tensor& like, std::vector<int64_t> size) {
-  Tensor y = allocated([&] { return torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast); });
+  Tensor y = allocated([&] { return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast); });
   ask_for_huge_pages(y);
   return y;
 }
@@ -420,6 +420,23 @@ static Tensor conv3x3_(const Tensor& x, const Tensor& weight, const Tensor& bias
   const void* offset = parameter(bias, "bias", x, {k.B});
   Tensor y = new_last(x, {s.B, k.B, s.H, s.W});
   if (!empty(s)) conv3x3(s, k.B, in, kernel, static_cast<const float*>(offset), static_cast<float*>(y.data_ptr()));
+  return y;
+}
+
+// U: the transformed weight, as kernels.h says.
+static Tensor conv3x3_bf16_(const Tensor& x, const Tensor& U, const Tensor& bias, bool doubled) {
+  Shape s = shape(x, "x");
+  int64_t O = U.dim() == 5 ? 32 * U.size(1) : 0;
+  check(x.is_cpu() && x.scalar_type() == ScalarType::BFloat16, "x must be a bfloat16 tensor on the CPU.");
+  check(U.is_cpu() && U.scalar_type() == ScalarType::BFloat16 && U.is_contiguous() && O && U.numel() == 36 * s.C * O,
+        "U must be a transformed weight, bfloat16 (36, O / 32, ", s.C / 2, ", 32, 2), not ", shape_of(U), ".");
+  check_channels(s.C, O);
+  check(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == O, "bias must be float32 of the shape (", O, ",), not ", shape_of(bias), ".");
+  s.H <<= doubled, s.W <<= doubled;
+  Tensor kept = in_order(x, MemoryFormat::ChannelsLast), y = new_last(x, {s.B, O, s.H, s.W});
+  check(multiplies_in_bf16(), "this library was not compiled for a processor that multiplies in bfloat16.");
+  if (!empty(s)) conv3x3_bf16(s, O, static_cast<const bf16*>(kept.data_ptr()), static_cast<const bf16*>(U.data_ptr()), static_cast<const float*>(bias.data_ptr()),
+                              static_cast<bf16*>(y.data_ptr()), doubled);
   return y;
 }
 
@@ -504,6 +521,8 @@ STABLE_TORCH_LIBRARY(oftsr, m) {
   m.def("group_norm_silu_backward(Tensor dy, Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("conv3x3(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("multiplies_in_bf16() -> bool");
+  m.def("conv3x3_bf16(Tensor x, Tensor U, Tensor bias, bool doubled) -> Tensor");
   m.def("conv3x3_weight_gradient(Tensor x, Tensor dy) -> Tensor");
   m.def("to_uint8(Tensor x) -> Tensor");
   m.def("damage(Tensor x_1, Tensor seeds, Tensor first, Tensor stages, Tensor filters, Tensor steps, int h, int w) -> Tensor");
@@ -524,7 +543,10 @@ STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_));
   m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward_));
   m.impl("conv3x3", TORCH_BOX(&conv3x3_));
+  m.impl("conv3x3_bf16", TORCH_BOX(&conv3x3_bf16_));
   m.impl("conv3x3_weight_gradient", TORCH_BOX(&conv3x3_weight_gradient_));
   m.impl("to_uint8", TORCH_BOX(&to_uint8_));
   m.impl("damage", TORCH_BOX(&damage_));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeImplicitAutograd, m) { m.impl("multiplies_in_bf16", TORCH_BOX(&multiplies_in_bf16)); }
