@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_checkpoint, load_tensors, save_tensors
 from console import InputError, Parser, in_range
-from kernels import conv3x3, group_norm_silu, noise_augment
+from kernels import conv3x3, conv3x3_in_bf16, group_norm_silu, noise_augment
 
 # The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
 # to add one. What a class has to say of itself is written in teachers.Teacher.
@@ -135,6 +135,8 @@ class UpConv(Conv3x3):
         B, _, H, W = x.shape
         if H * W < 1024:  # adding the taps would cost more than it saves
             return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
+        if conv3x3_in_bf16(x, self.weight, doubled=True):
+            return conv3x3(x, self.weight, self.bias, doubled=True)
         e = torch.eye(3, dtype=self.weight.dtype, device=x.device)
         taps = torch.stack([e[0], e[1] + e[2], e[0] + e[1], e[2]]).view(2, 2, 3)  # (phase, tap of 2, taps of 3 that it sums)
         weight = torch.einsum("aph,bqw,oihw->aboipq", taps, taps, self.weight).flatten(0, 2)

@@ -115,7 +115,7 @@ def lr_window(colour, task):
 # --- through the network ---
 
 
-@torch.no_grad()
+@torch.inference_mode()  # in which conv3x3 may take weights for constants
 def restore_tile(model, x_lr, sigma_p, seed, corner, t=1.0, solver=None, steps=8, rtol=1e-3, atol=1e-3, dtype=torch.float32):
     """One tile, x_lr (1, 3, H, W) whose first pixel is the whole picture's `corner`: (x_1 (3, H, W) float32 on x_lr's device, evaluations).
 

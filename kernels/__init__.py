@@ -17,11 +17,13 @@ import os
 import sys
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import build, reference
 
 ops = torch.ops.oftsr
 WINOGRAD_TILES = 64  # of 4x4 pixels, whole ones, in a batch: from here on conv3x3 is ours
+_winograd_weights = WeakIdKeyDictionary()
 _chosen = None  # the device types that the extension serves, once chosen
 
 
@@ -210,20 +212,52 @@ def group_norm_silu(x, groups, weight, bias, scale=None, shift=None, eps=1e-5):
     return ops.group_norm_silu(x, groups, *_arithmetic(x, weight, bias, scale, shift), eps)[0]
 
 
-def conv3x3(x, weight, bias):
+def conv3x3(x, weight, bias, doubled=False):
     """The 3x3 convolution with zeros around the picture: x (B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, H, W).
 
+    doubled: of x doubled by repetition, (B, O, 2H, 2W).
     On the CPU, in float32 and between multiples of 32 channels, by Winograd's algorithm F(4x4, 3x3) (Lavin & Gray 2016),
     which multiplies a quarter as often and errs about four times as much as PyTorch's (with 32 channels 1.3e-6 of the
     result's deviation, with 512 4.5e-6); an Inf or NaN spreads over its tile. From `WINOGRAD_TILES` on, below which
     transforming the weights costs more than it saves: so in a small picture the last bits can depend on its batch.
-    Elsewhere PyTorch's. The gradient flows into all three tensors, once.
+    In bfloat16 only where conv3x3_in_bf16 says so. Elsewhere PyTorch's. The gradient flows into all three tensors, once.
     """
-    tiles = x.shape[0] * (x.shape[-2] // 4) * (x.shape[-1] // 4)
-    if (x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or x.shape[1] % 32 or weight.shape[0] % 32
-            or tiles < WINOGRAD_TILES or torch.is_autocast_enabled("cpu") or not _native(x)):
-        return reference.conv3x3(x, weight, bias)
+    if conv3x3_in_bf16(x, weight, doubled):
+        return ops.conv3x3_bf16(x.bfloat16(), _winograd_weight(weight), bias.float(), doubled)
+    if (doubled or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or x.shape[1] % 32 or weight.shape[0] % 32
+            or _tiles(x) < WINOGRAD_TILES or torch.is_autocast_enabled("cpu") or not _native(x)):
+        return reference.conv3x3(x, weight, bias, doubled)
     return ops.conv3x3(x, weight, bias)
+
+
+def _tiles(x):
+    return x.shape[0] * (x.shape[-2] // 4) * (x.shape[-1] // 4)
+
+
+def conv3x3_in_bf16(x, weight, doubled=False):
+    """Whether conv3x3 goes by Winograd's algorithm in bfloat16: under autocast, on a CPU that multiplies in it by AVX-512, not AMX (there PyTorch's is faster).
+
+    Only in torch.inference_mode, where weights are constants: they are transformed once, and again after a change in place.
+    What is multiplied is rounded to bfloat16, the rest is float32's: an error of 1.1 % of the result's deviation, where PyTorch's
+    makes .3 %. Not between more than 512 and 512 channels, whose transformed weights would fill the memory.
+    """
+    able = (torch.is_inference_mode_enabled() and x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            and not torch.compiler.is_compiling() and _native(x) and ops.multiplies_in_bf16() and not torch.cpu._is_amx_tile_supported())
+    O, C = weight.shape[:2]
+    return able and weight.dtype == torch.float32 and not weight.is_inference() and O % 32 == C % 32 == 0 and O * C <= 512**2 and _tiles(x) << 2 * doubled >= WINOGRAD_TILES
+
+
+def _winograd_weight(weight):
+    """G g G^T of weight (O, C, 3, 3) in bfloat16, as csrc/cpu_conv.cpp reads it: (36, O / 32, C / 2, 32, 2). Made once for each state of a weight."""
+    state = weight.data_ptr(), weight._version
+    known = _winograd_weights.get(weight)
+    if known is None or known[0] != state:
+        O, C, a, b = *weight.shape[:2], 0.625, 1.5  # the points are 0, a, -a, b, -b and infinity
+        finite = [[1 / n, p / n, p * p / n] for p, q in ((a, b), (-a, b), (b, a), (-b, a)) for n in [2 * p * p * (p * p - q * q)]]
+        G = torch.tensor([[1 / (a * b) ** 2, 0, 0], *finite, [0, 0, 1]], dtype=torch.float64)  # which autocast leaves as it is
+        U = torch.einsum("pi,ocij,qj->pqoc", G, weight.double(), G).reshape(36, O // 32, 32, C // 2, 2)
+        known = _winograd_weights[weight] = state, U.transpose(2, 3).bfloat16().contiguous()
+    return known[1]
 
 
 def to_uint8(x):
@@ -233,37 +267,24 @@ def to_uint8(x):
     return ops.to_uint8(x)
 
 
-# ---- what happens to pictures in the world: of the extension on a CPU, elsewhere PyTorch's; the same bits from both
+# ---- what happens to pictures in the world: of the extension on a CPU; its definition is degradations.harm, of the functions in reference.py
+
+BLUR, RESIZE, NOISE, JPEG = range(4)
 
 
-def _damaging(x):
+def damages(x):
+    """Whether `damage` takes x."""
     return x.device.type == "cpu" and _native(x)
 
 
-def filter2d(x, sizes, filters):
-    """Each picture correlated with its own filter (B, k, k) float32, k odd, reflected at its edges.
+def damage(x_1, seeds, first, stages, filters, steps, h, w):
+    """Each picture through its own stages: x_1 (B, 3, H, W) float32 in [-1, 1], seeds (B,) int64 -> (B, 3, h, w) in [0, 1], neither clamped nor rounded.
 
-    x (B, C, H, W) float32, picture b being x[b, :, :h, :w] with sizes (B, 2) int64 on the CPU; beyond, the result means nothing.
+    Picture b's are rows first[b] to first[b + 1] - 1 of stages (S, 5) float64, first (B + 1,) int64:
+    BLUR, side, where in filters (F,) float32 it begins; RESIZE, 0 area, 1 bilinear, 2 bicubic or 3 antialiased, and height, width, 0, or 0, 0, ratio;
+    NOISE, amount, whether Gaussian, whether gray, stream of noise; JPEG, factor of its tables. steps (9, 256, bins / 16) int16: degradations.poisson_steps.
     """
-    return (ops if _damaging(x) else reference).filter2d(x, sizes, filters)
-
-
-def resample(x, rows, row_weights, cols, col_weights):
-    """Each picture resized by weighted sums of its rows (B, h, T) int64 and columns (B, w, S): x (B, C, H, W) float32 -> (B, C, h, w)."""
-    return (ops if _damaging(x) else reference).resample(x, rows, row_weights, cols, col_weights)
-
-
-def photon_noise(x, sizes, amount, gaussian, gray, quantiles, seeds, stream):
-    """Each picture with Gaussian or Poisson noise, in colour or in gray, clamped to [0, 1]: reference.photon_noise says how.
-
-    x (B, 3, H, W) float32, sizes as filter2d's; amount (B,) float32, gaussian and gray (B,) bool, quantiles (9, 256, bins) int16.
-    """
-    return (ops if _damaging(x) else reference).photon_noise(x, sizes, amount, gaussian, gray, quantiles, seeds, stream)
-
-
-def jpeg(x, sizes, factors):
-    """What JPEG leaves of each picture, x (B, 3, H, W) float32 in [0, 1]; sizes as filter2d's; factors (B,) float32 of its tables, 0: no JPEG."""
-    return (ops if _damaging(x) else reference).jpeg(x, sizes, factors)
+    return ops.damage(x_1, seeds, first, stages, filters, steps, h, w)
 
 
 # ---- what PyTorch's compiler and autograd want to know of the operators
@@ -309,6 +330,7 @@ FAKE = {  # shapes, dtypes and memory formats of the outputs
     "group_norm_silu": _norm_outputs,
     "group_norm_silu_backward": _norm_gradients,
     "conv3x3": lambda x, weight, bias: _last(x, x.shape[0], weight.shape[0], *x.shape[2:]),
+    "conv3x3_bf16": lambda x, U, bias, doubled: _last(x, x.shape[0], len(bias), *(side * (1 + doubled) for side in x.shape[2:])),
     "conv3x3_weight_gradient": lambda x, dy: _last(x, dy.shape[1], x.shape[1], 3, 3),
     "to_uint8": lambda x: x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=torch.uint8),
 }

@@ -234,8 +234,10 @@ def group_norm_silu(x, groups, weight, bias, scale=None, shift=None, eps=1e-5):
     return F.silu(y).to(x.dtype)
 
 
-def conv3x3(x, weight, bias):
-    """The 3x3 convolution with zeros around the picture: x (B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, H, W)."""
+def conv3x3(x, weight, bias, doubled=False):
+    """The 3x3 convolution with zeros around the picture: x (B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, H, W); of x doubled by repetition (B, O, 2H, 2W)."""
+    if doubled:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
     return F.conv2d(x, weight, bias, padding=1)
 
 

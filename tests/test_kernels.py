@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import build, reference
-from model import Conv3x3
+from model import Conv3x3, UpConv
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -394,6 +394,87 @@ def test_conv_where_it_pays(monkeypatch):
     assert calls == ["conv3x3"]
 
 
+class InBf16(torch.inference_mode):
+    """Where conv3x3 may multiply in bfloat16."""
+    def __enter__(self):
+        super().__enter__()
+        self.autocast = torch.autocast("cpu", torch.bfloat16)
+        self.autocast.__enter__()
+
+    def __exit__(self, *args):
+        self.autocast.__exit__(*args)
+        super().__exit__(*args)
+
+
+def error_of(y, right):
+    """The root mean square of the error and the largest one, against the deviation of the right result."""
+    error = (y.double() - right).abs() / right.std()
+    return error.square().mean().sqrt().item(), error.max().item()
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("size", [(1, 32, 32, 1, 1), (1, 32, 64, 16, 16), (2, 96, 32, 17, 22), (1, 64, 96, 3, 130), (3, 32, 32, 40, 41), (1, 256, 128, 9, 50)], ids=str)
+def test_conv_in_bf16(size, doubled):
+    """Against float64, at sizes that tiles and blocks of tiles do not divide; the usual points 1 and 2 would make an error of 2.5 %, a wrong pixel one of 100 %."""
+    native("cpu")
+    if not torch.ops.oftsr.multiplies_in_bf16():
+        pytest.skip("this processor does not multiply in bfloat16")
+    x, w, b = conv_inputs(*size, "contiguous")
+    x, w = x.bfloat16(), w.detach()
+    right = reference.conv3x3(x.double(), w.double(), b.double(), doubled)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        y = torch.ops.oftsr.conv3x3_bf16(x.contiguous(memory_format=layout), kernels._winograd_weight(w), b, doubled)
+        assert y.dtype == torch.bfloat16 and y.shape == right.shape and y.is_contiguous(memory_format=torch.channels_last)
+        mean, most = error_of(y, right)
+        assert mean < 0.016 and most < 0.1
+
+
+def test_conv_in_bf16_where_it_pays(monkeypatch):
+    """Under autocast and inference_mode, on a processor that does it without AMX, of enough tiles; PyTorch's very bits elsewhere, so in training."""
+    native("cpu")
+    calls, able = [], [True]
+    monkeypatch.setattr(kernels, "ops", type("Fake", (), dict(multiplies_in_bf16=lambda: able[0], conv3x3_bf16=lambda *args: calls.append(args[3]))))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    x, w, b = conv_inputs(1, 32, 32, 32, 32)
+    up = UpConv(32, 32).requires_grad_(False)
+
+    def as_pytorch(x, w, b):
+        return torch.equal(kernels.conv3x3(x, w, b), F.conv2d(x, w, b, padding=1)) and not calls
+    with InBf16():
+        kernels.conv3x3(x, w, b), kernels.conv3x3(x[:, :, :16, :16], w, b, doubled=True), up(x)
+        assert calls == [False, True, True]
+        calls.clear()
+        assert as_pytorch(x[:, :, 1:], w, b) and as_pytorch(*conv_inputs(1, 48, 32, 32, 32)) and as_pytorch(*conv_inputs(1, 32, 12, 32, 32)) and as_pytorch(*conv_inputs(1, 544, 512, 32, 32))
+        able[0] = False
+        assert as_pytorch(x, w, b)
+        able[0] = True
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+        assert as_pytorch(x, w, b)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # as a teacher is asked while its student learns
+        assert as_pytorch(x, w, b)
+        up(x)
+        assert not calls
+    with torch.inference_mode():
+        assert not kernels.conv3x3_in_bf16(x, w)
+
+
+def test_transformed_weights_follow_the_weights():
+    """Made once, made anew when the weights change in place or are others, let go with them."""
+    w = torch.nn.Parameter(torch.randn(32, 32, 3, 3))
+    with InBf16():
+        before, held = kernels._winograd_weight(w), len(kernels._winograd_weights)
+        assert kernels._winograd_weight(w) is before
+    with torch.no_grad():
+        torch._foreach_mul_([w], 2)
+    with InBf16():
+        twice = kernels._winograd_weight(w)
+        w.data = w.data * 2
+        assert torch.equal(twice, 2 * before) and torch.equal(kernels._winograd_weight(w), 4 * before)
+    del w
+    assert len(kernels._winograd_weights) == held - 1
+
+
 # ---- gradients, registration, compilation
 
 
@@ -444,6 +525,7 @@ def operator_calls():
         "group_norm_silu": (g(h), 32, g(w), g(b), g(scale), g(shift), 1e-5),
         "group_norm_silu_backward": (y, h, 32, w, b, scale, shift, mean, rstd), "to_uint8": (v,),
         "conv3x3": (g(h), *map(g, conv_inputs(1, 32, 64, 1, 1)[1:])), "conv3x3_weight_gradient": (h, y),
+        "conv3x3_bf16": (h.bfloat16(), torch.zeros(36, 2, 16, 32, 2, dtype=torch.bfloat16), torch.zeros(64), True),
     }
 
 
@@ -452,6 +534,8 @@ def test_opcheck():
     native("cpu")
     calls = operator_calls()
     assert set(calls) == set(kernels.FAKE)
+    if not torch.ops.oftsr.multiplies_in_bf16():
+        del calls["conv3x3_bf16"]
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.oftsr, name).default, args)
 
@@ -503,6 +587,9 @@ ERRORS = {
     "conv3x3 takes multiples of 32 channels, not 3 to 32.": lambda x: torch.ops.oftsr.conv3x3(x, torch.zeros(32, 3, 3, 3), torch.zeros(32)),
     "conv3x3 takes multiples of 32 channels, not 0 to 32.": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 0, 4, 4), torch.zeros(32, 0, 3, 3), torch.zeros(32)),
     "dy must have the shape (1, O, 4, 4), not (1, 32, 4, 5).": lambda x: torch.ops.oftsr.conv3x3_weight_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 5)),
+    "x must be a bfloat16 tensor on the CPU.": lambda x: torch.ops.oftsr.conv3x3_bf16(x, torch.zeros(1), torch.zeros(32), False),
+    "U must be a transformed weight, bfloat16 (36, O / 32, 16, 32, 2), not (36, 1, 32, 32).": lambda x: torch.ops.oftsr.conv3x3_bf16(
+        torch.zeros(1, 32, 4, 4).bfloat16(), torch.zeros(36, 1, 32, 32).bfloat16(), torch.zeros(32), False),
     "scale and shift must be given together.": lambda x: kernels.group_norm_silu(x, 3, torch.ones(3), torch.zeros(3), torch.zeros(2, 3)),
     "the mean over no elements is not defined: v_step has the shape (0, 3, 4, 4).": lambda x: kernels.distill_loss(x[:0], x[:0], x[:0], torch.rand(0), torch.rand(0)),
 }
@@ -597,6 +684,11 @@ def test_what_did_not_build_is_not_tried_at_every_start(tmp_path):
     wrapper(tmp_path / "cxx", f'echo try >> {tmp_path}/log; exec c++ "$@" -O0')  # mended
     code, tried, stderr = start(OFTSR_KERNELS="auto")
     assert code == 0 and tried and "extension (" in stderr, stderr
+    # What was built for any x86-64 does not multiply in bfloat16, wherever it runs.
+    conv = """import torch, kernels, torch.nn.functional as F
+x, w, b = torch.randn(1, 32, 32, 32), torch.randn(32, 32, 3, 3), torch.randn(32)
+with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16): print(torch.equal(kernels.conv3x3(x, w, b), F.conv2d(x, w, b, padding=1)), torch.ops.oftsr.multiplies_in_bf16())"""
+    assert python(conv, tmp_path / "cache", CXX=f"ccache {cxx}", OFTSR_MARCH="x86-64").communicate()[0] == "True False\n"
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")

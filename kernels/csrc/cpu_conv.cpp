@@ -1,9 +1,11 @@
-// The U-Net's 3x3 convolution on the CPU, in float32, by Winograd's algorithm F(4x4, 3x3) (Lavin and Gray 2016): a tile
+// The U-Net's 3x3 convolution on the CPU by Winograd's algorithm F(4x4, 3x3) (Lavin and Gray 2016): a tile
 // of 4x4 outputs takes 36 multiplications per pair of channels, not 144,
 //   Y = A^T [ (G g G^T) * (B^T d B) ] A    of the kernel g (3x3) and the input d (6x6) around the tile,
 // and as the bracket is summed over the input's channels, each of its 36 positions is one matrix product over many tiles.
 // A block of tiles goes through all three steps in a core's cache. Memory is channels_last: vectors run along channels.
 // The gradient of g goes the same way backwards: G^T [ sum over tiles of (A dY A^T) * (B^T d B) ] G.
+// In bf16, which is for inference alone, what lies in memory has 16 bits, U = G g G^T and V = B^T d B too: the products take half
+// the time (AVX-512's instruction for pairs of channels). Transforms and sums are in float32.
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -38,6 +40,11 @@ OFTSR Vector get(const float* p) { return *reinterpret_cast<const Unaligned*>(p)
 OFTSR void put(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
 OFTSR Vector repeat(float a) { return a - Vector{}; }  // a + 0 would be an addition: it makes 0 of -0
 
+#ifdef __AVX512BF16__
+OFTSR Vector get(const bf16* p) { return Vector(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16)); }
+OFTSR void put(bf16* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), __m256i(_mm512_cvtneps_pbh(__m512(v)))); }
+#endif
+
 OFTSR Vector fma(Vector a, Vector b, Vector c) {
 #if defined(__AVX512F__)
   return Vector(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c)));
@@ -50,61 +57,89 @@ OFTSR Vector fma(Vector a, Vector b, Vector c) {
 #endif
 }
 
-// The transforms of one column or row, whose values lie `step` apart: G g, B^T d and A^T m, for the points 0, 1, -1, 2, -2
-// and infinity; and the transposes of the first and the third, G^T u and A y.
-OFTSR void kernel_points(const Vector* g, Vector* out, int step) {
-  Vector a = g[0], b = g[step], c = g[2 * step], even = a * (1.f / 24) + c * (1.f / 6), odd = b * (1.f / 12);
+// c += a b, of numbers as they are stored: each lane of the operands holds one float, or two bf16, whose products are added.
+template <class T> OFTSR Vector multiply_add(Vector a, Vector b, Vector c) {
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) == 2) return Vector(_mm512_dpbf16_ps(__m512(c), __m512bh(a), __m512bh(b)));
+#endif
+  return fma(a, b, c);
+}
+
+// The points of the transforms are 0, inner, -inner, outer, -outer and infinity: in float32 the usual ones, in bf16 a pair that
+// halves the error.
+template <class T> constexpr float inner = 1;
+template <class T> constexpr float outer = 2;
+template <> constexpr float inner<bf16> = 0.625f;
+template <> constexpr float outer<bf16> = 1.5f;
+
+// The transforms of one column or row: G g, B^T d and A^T m; and the transposes of the first and the third, G^T u and A y.
+OFTSR void kernel_points(const Vector* g, Vector* out) {
+  Vector a = g[0], b = g[1], c = g[2], even = a * (1.f / 24) + c * (1.f / 6), odd = b * (1.f / 12);
   out[0] = a * 0.25f;
-  out[step] = (a + b + c) * (-1.f / 6);
-  out[2 * step] = (a - b + c) * (-1.f / 6);
-  out[3 * step] = even + odd;
-  out[4 * step] = even - odd;
-  out[5 * step] = c;
+  out[1] = (a + b + c) * (-1.f / 6);
+  out[2] = (a - b + c) * (-1.f / 6);
+  out[3] = even + odd;
+  out[4] = even - odd;
+  out[5] = c;
 }
 
-OFTSR void input_points(const Vector* d, Vector* out, int step) {
-  Vector d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step], d4 = d[4 * step], d5 = d[5 * step];
-  Vector even = fma(repeat(-4), d2, d4), odd = fma(repeat(-4), d1, d3), even2 = d4 - d2, odd2 = d3 - d1;
-  out[0] = fma(repeat(4), d0, fma(repeat(-5), d2, d4));
-  out[step] = even + odd;
-  out[2 * step] = even - odd;
-  out[3 * step] = fma(repeat(2), odd2, even2);
-  out[4 * step] = fma(repeat(-2), odd2, even2);
-  out[5 * step] = fma(repeat(4), d1, fma(repeat(-5), d3, d5));
+template <class T> OFTSR void input_points(const Vector* d, Vector* out) {
+  constexpr float A = inner<T> * inner<T>, B = outer<T> * outer<T>;
+  Vector d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3], d4 = d[4], d5 = d[5];
+  Vector even = fma(repeat(-B), d2, d4), odd = fma(repeat(-B), d1, d3), even2 = fma(repeat(-A), d2, d4), odd2 = fma(repeat(-A), d1, d3);
+  out[0] = fma(repeat(A * B), d0, fma(repeat(-A - B), d2, d4));
+  out[1] = fma(repeat(inner<T>), odd, even);
+  out[2] = fma(repeat(-inner<T>), odd, even);
+  out[3] = fma(repeat(outer<T>), odd2, even2);
+  out[4] = fma(repeat(-outer<T>), odd2, even2);
+  out[5] = fma(repeat(A * B), d1, fma(repeat(-A - B), d3, d5));
 }
 
-OFTSR void output_values(const Vector* m, Vector* out, int step) {
-  Vector sum = m[step] + m[2 * step], difference = m[step] - m[2 * step], sum2 = m[3 * step] + m[4 * step], difference2 = m[3 * step] - m[4 * step];
+template <class T> OFTSR void output_values(const Vector* m, Vector* out) {
+  constexpr float A = inner<T> * inner<T>, B = outer<T> * outer<T>;
+  Vector sum = m[1] + m[2], difference = inner<T> * (m[1] - m[2]), sum2 = m[3] + m[4], difference2 = m[3] - m[4];
   out[0] = m[0] + sum + sum2;
-  out[step] = fma(repeat(2), difference2, difference);
-  out[2 * step] = fma(repeat(4), sum2, sum);
-  out[3 * step] = fma(repeat(8), difference2, difference) + m[5 * step];
+  out[1] = fma(repeat(outer<T>), difference2, difference);
+  out[2] = fma(repeat(B), sum2, A * sum);
+  out[3] = fma(repeat(B * outer<T>), difference2, A * difference) + m[5];
 }
 
-OFTSR void kernel_gradient(const Vector* u, Vector* out, int step) {
-  Vector sum = (u[step] + u[2 * step]) * (-1.f / 6), sum2 = u[3 * step] + u[4 * step];
+OFTSR void kernel_gradient(const Vector* u, Vector* out) {
+  Vector sum = (u[1] + u[2]) * (-1.f / 6), sum2 = u[3] + u[4];
   out[0] = u[0] * 0.25f + sum + sum2 * (1.f / 24);
-  out[step] = (u[2 * step] - u[step]) * (1.f / 6) + (u[3 * step] - u[4 * step]) * (1.f / 12);
-  out[2 * step] = sum + sum2 * (1.f / 6) + u[5 * step];
+  out[1] = (u[2] - u[1]) * (1.f / 6) + (u[3] - u[4]) * (1.f / 12);
+  out[2] = sum + sum2 * (1.f / 6) + u[5];
 }
 
-OFTSR void output_points(const Vector* y, Vector* out, int step) {
-  Vector even = y[0] + y[2 * step], odd = y[step] + y[3 * step], even2 = y[0] + 4 * y[2 * step], odd2 = 2 * y[step] + 8 * y[3 * step];
+OFTSR void output_points(const Vector* y, Vector* out) {
+  Vector even = y[0] + y[2], odd = y[1] + y[3], even2 = y[0] + 4 * y[2], odd2 = 2 * y[1] + 8 * y[3];
   out[0] = y[0];
-  out[step] = even + odd;
-  out[2 * step] = even - odd;
-  out[3 * step] = even2 + odd2;
-  out[4 * step] = even2 - odd2;
-  out[5 * step] = y[3 * step];
+  out[1] = even + odd;
+  out[2] = even - odd;
+  out[3] = even2 + odd2;
+  out[4] = even2 - odd2;
+  out[5] = y[3];
 }
 
-// One of them along the columns and then along the rows: `in` (N, N) to `out` (M, M).
-template <int N, int M, auto TRANSFORM> OFTSR void both_ways(const Vector* in, Vector* out) {
-  Vector half[M * N];
+// One of them along the columns and then along the rows, from load(row, column) of N x N to store(row, column, value) of M x M.
+template <int N, int M, auto TRANSFORM, class Load, class Store> OFTSR void both_ways(Load load, Store store) {
+  Vector half[M][N];
 #pragma GCC unroll 6
-  for (int j = 0; j < N; j++) TRANSFORM(in + j, half + j, N);
+  for (int j = 0; j < N; j++) {
+    Vector in[N], out[M];
 #pragma GCC unroll 6
-  for (int i = 0; i < M; i++) TRANSFORM(half + i * N, out + i * M, 1);
+    for (int i = 0; i < N; i++) in[i] = load(i, j);
+    TRANSFORM(in, out);
+#pragma GCC unroll 6
+    for (int i = 0; i < M; i++) half[i][j] = out[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < M; i++) {
+    Vector out[M];
+    TRANSFORM(half[i], out);
+#pragma GCC unroll 6
+    for (int j = 0; j < M; j++) store(i, j, out[j]);
+  }
 }
 
 // G g G^T of COLUMNS output channels, weight (O, 3, 3, C) from the first of them on, to U[36][C][COLUMNS], each of whose
@@ -113,62 +148,57 @@ static void transform_kernels(const float* weight, int64_t C, float* U, int64_t 
   for (int64_t c = 0; c < C; c += LANES) {
     float turned[36][LANES][COLUMNS];
     for (int o = 0; o < COLUMNS; o++) {
-      Vector g[9], u[36];
-      for (int k = 0; k < 9; k++) g[k] = get(weight + (o * 9 + k) * C + c);
-      both_ways<3, 6, kernel_points>(g, u);
-      for (int k = 0; k < 36; k++)
-        for (int lane = 0; lane < LANES; lane++) turned[k][lane][o] = u[k][lane];
+      both_ways<3, 6, kernel_points>([&](int i, int j) { return get(weight + (o * 9 + i * 3 + j) * C + c); }, [&](int i, int j, Vector u) {
+        for (int lane = 0; lane < LANES; lane++) turned[i * 6 + j][lane][o] = u[lane];
+      });
     }
     for (int k = 0; k < 36; k++) memcpy(U + k * stride + c * COLUMNS, turned[k], sizeof turned[k]);
   }
 }
 
-// The picture x (H, W, C), and the corner of a tile's 6x6 inputs.
-struct Window { const float* x; int64_t H, W, C, top, left; };
+// A tile's 6x6 inputs: where its rows begin, and its columns in them; null and -1 beyond the picture, where there are zeros.
+template <class T> struct Window {
+  const T* row[6];
+  int64_t column[6];
+};
 
-// B^T d B to V, each of whose 36 positions lies `stride` after the one before, and COLUMNS channels `panel` after those
-// before. Beyond the picture there are zeros.
-template <bool INSIDE> static void transform_input(const Window& w, float* V, int64_t stride, int64_t panel) {
-  for (int64_t c = 0; c < w.C; c += LANES) {
-    Vector d[36], v[36];
-    for (int i = 0; i < 6; i++)
-      for (int j = 0; j < 6; j++) {
-        int64_t y = w.top + i, x = w.left + j;
-        bool there = INSIDE || (y >= 0 && y < w.H && x >= 0 && x < w.W);
-        d[i * 6 + j] = there ? get(w.x + (y * w.W + x) * w.C + c) : Vector{};
-      }
-    both_ways<6, 6, input_points>(d, v);
-    for (int k = 0; k < 36; k++) put(V + k * stride + c / COLUMNS * panel + c % COLUMNS, v[k]);
+// B^T d B to V, each of whose 36 positions lies `stride` after the one before, and COLUMNS channels `panel` after those before.
+template <bool INSIDE, class T> static void transform_input(const Window<T>& w, int64_t C, T* V, int64_t stride, int64_t panel) {
+  for (int64_t c = 0; c < C; c += LANES) {
+    T* out = V + c / COLUMNS * panel + c % COLUMNS;
+    both_ways<6, 6, input_points<T>>([&](int i, int j) { return INSIDE || (w.row[i] && w.column[j] >= 0) ? get(w.row[i] + w.column[j] + c) : Vector{}; },
+                                     [&](int i, int j, Vector v) { put(out + (i * 6 + j) * stride, v); });
   }
 }
 
-// M (R, COLUMNS) = V (R, C) U (C, COLUMNS); rows of M lie O apart.
-template <int R> OFTSR void multiply(const float* V, const float* U, float* M, int64_t C, int64_t O) {
+// M (R, COLUMNS) = V (R, C) U (C, COLUMNS).
+template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, int64_t C) {
+  constexpr int EACH = sizeof(float) / sizeof(T);  // channels in a lane
+  const float *v_words = reinterpret_cast<const float*>(V), *u_words = reinterpret_cast<const float*>(U);
   Vector sum[R][2] = {};
-  for (int64_t c = 0; c < C; c++) {
-    Vector u0 = get(U + c * COLUMNS), u1 = get(U + c * COLUMNS + LANES);
+  for (int64_t c = 0; c < C / EACH; c++) {
+    Vector u0 = get(u_words + c * COLUMNS), u1 = get(u_words + c * COLUMNS + LANES);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      Vector v = repeat(V[r * C + c]);
-      sum[r][0] = fma(v, u0, sum[r][0]);
-      sum[r][1] = fma(v, u1, sum[r][1]);
+      Vector v = repeat(v_words[r * C / EACH + c]);
+      sum[r][0] = multiply_add<T>(v, u0, sum[r][0]);
+      sum[r][1] = multiply_add<T>(v, u1, sum[r][1]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) {
-    put(M + r * O, sum[r][0]);
-    put(M + r * O + LANES, sum[r][1]);
+    put(M + r * COLUMNS, sum[r][0]);
+    put(M + r * COLUMNS + LANES, sum[r][1]);
   }
 }
 
-// A^T m A + bias, as much of the 4x4 as lies in the picture, to y (H, W, O) from the tile's corner on.
-static void transform_output(const float* M, int64_t stride, const float* bias, float* y, int64_t rows, int64_t columns, int64_t W, int64_t O) {
-  for (int64_t o = 0; o < O; o += LANES) {
-    Vector m[36], tile[16], b = get(bias + o);
-    for (int k = 0; k < 36; k++) m[k] = get(M + k * stride + o);
-    both_ways<6, 4, output_values>(m, tile);
-    for (int64_t i = 0; i < rows; i++)
-      for (int64_t j = 0; j < columns; j++) put(y + (i * W + j) * O + o, tile[i * 4 + j] + b);
+// A^T m A + bias of COLUMNS channels, as much of the 4x4 as lies in the picture, to y (H, W, O) from the tile's corner on.
+template <class T> static void transform_output(const float* M, int64_t stride, const float* bias, T* y, int64_t rows, int64_t columns, int64_t W, int64_t O) {
+  for (int64_t o = 0; o < COLUMNS; o += LANES) {
+    Vector b = get(bias + o);
+    both_ways<6, 4, output_values<T>>([&](int i, int j) { return get(M + (i * 6 + j) * stride + o); }, [&](int i, int j, Vector v) {
+      if (i < rows && j < columns) put(y + (i * W + j) * O + o, v + b);
+    });
   }
 }
 
@@ -183,51 +213,72 @@ struct Tiling {
   }
 };
 
-static void transform_tile(Shape s, const float* x, int64_t b, int64_t top, int64_t left, float* V, int64_t stride, int64_t panel) {
-  Window w{x + b * s.H * s.W * s.C, s.H, s.W, s.C, top - 1, left - 1};
-  bool inside = top > 0 && left > 0 && top + 5 <= s.H && left + 5 <= s.W;
-  (inside ? transform_input<true> : transform_input<false>)(w, V, stride, panel);
+// From x (B, H, W, C), or, doubled, from (B, H / 2, W / 2, C), each of whose pixels stands for 2x2.
+template <class T> static void transform_tile(Shape s, const T* x, int64_t b, int64_t top, int64_t left, T* V, int64_t stride, int64_t panel, int64_t doubled = 0) {
+  Window<T> w;
+  bool inside = true;
+  for (int64_t i = 0; i < 6; i++) {
+    int64_t h = top - 1 + i, v = left - 1 + i;
+    w.row[i] = h < 0 || h >= s.H ? nullptr : x + (b * (s.H >> doubled) + (h >> doubled)) * (s.W >> doubled) * s.C;
+    w.column[i] = v < 0 || v >= s.W ? -1 : (v >> doubled) * s.C;
+    inside = inside && w.row[i] && w.column[i] >= 0;
+  }
+  (inside ? transform_input<true, T> : transform_input<false, T>)(w, s.C, V, stride, panel);
 }
 
-void conv3x3(Shape s, int64_t O, const float* x, const float* weight, const float* bias, float* y) {
-  int64_t C = s.C, panel = C * COLUMNS;
-  int64_t v_step = TILES * C + LANES, m_step = TILES * O + LANES;  // odd cache lines: powers of two would share a few of the cache's sets
+// With U [36][O / COLUMNS][C][COLUMNS], in bf16 [36][O / COLUMNS][C / 2][COLUMNS][2]; s is y's shape but for its channels.
+template <class T> static void winograd(Shape s, int64_t O, const T* x, const T* U, const float* bias, T* y, int64_t doubled = 0) {
+  int64_t C = s.C;
+  int64_t v_step = TILES * C + sizeof(Vector) / sizeof(T), m_step = TILES * COLUMNS + LANES;  // odd cache lines: powers of two would share a few of the cache's sets
   Tiling tiles(s);
-  std::unique_ptr<float[]> U(new float[36 * C * O]);  // [36][O / COLUMNS][C][COLUMNS]
-  parallel_for(0, O / COLUMNS, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) transform_kernels(weight + p * COLUMNS * 9 * C, C, U.get() + p * panel, C * O);
-  });
   parallel_for(0, (tiles.count + TILES - 1) / TILES, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<float[]> V(new float[36 * v_step]), M(new float[36 * m_step]);  // [36][TILES][C], [36][TILES][O]
+    std::unique_ptr<Vector[]> room(new Vector[36 * (v_step * sizeof(T) / sizeof(Vector) + m_step / LANES)]);  // begins with a cache line
+    float* M = reinterpret_cast<float*>(room.get());      // [36][TILES][COLUMNS]
+    T* V = reinterpret_cast<T*>(M + 36 * m_step);         // [36][TILES][C]
     for (int64_t first = begin * TILES; first < std::min(tiles.count, end * TILES); first += TILES) {
       int64_t n = std::min(TILES, tiles.count - first);
       for (int64_t t = 0; t < n; t++) tiles.at(first + t, [&](int64_t b, int64_t top, int64_t left, int64_t, int64_t) {
-        transform_tile(s, x, b, top, left, V.get() + t * C, v_step, COLUMNS);
+        transform_tile(s, x, b, top, left, V + t * C, v_step, COLUMNS, doubled);
       });
-      for (int64_t k = 0; k < 36; k++)
-        for (int64_t p = 0; p < O / COLUMNS; p++) {
-          const float *v = V.get() + k * v_step, *u = U.get() + k * C * O + p * panel;
-          float* m = M.get() + k * m_step + p * COLUMNS;
+      for (int64_t o = 0; o < O; o += COLUMNS) {
+        for (int64_t k = 0; k < 36; k++) {
+          const T *v = V + k * v_step, *u = U + k * C * O + o * C;
+          float* m = M + k * m_step;
           int64_t t = 0;
-          for (; t + ROWS <= n; t += ROWS) multiply<ROWS>(v + t * C, u, m + t * O, C, O);
-          for (; t < n; t++) multiply<1>(v + t * C, u, m + t * O, C, O);
+          for (; t + ROWS <= n; t += ROWS) multiply<ROWS>(v + t * C, u, m + t * COLUMNS, C);
+          for (; t < n; t++) multiply<1>(v + t * C, u, m + t * COLUMNS, C);
         }
-      for (int64_t t = 0; t < n; t++) tiles.at(first + t, [&](int64_t b, int64_t top, int64_t left, int64_t rows, int64_t columns) {
-        transform_output(M.get() + t * O, m_step, bias, y + ((b * s.H + top) * s.W + left) * O, rows, columns, s.W, O);
-      });
+        for (int64_t t = 0; t < n; t++) tiles.at(first + t, [&](int64_t b, int64_t top, int64_t left, int64_t rows, int64_t columns) {
+          transform_output(M + t * COLUMNS, m_step, bias + o, y + ((b * s.H + top) * s.W + left) * O + o, rows, columns, s.W, O);
+        });
+      }
     }
   });
 }
+
+void conv3x3(Shape s, int64_t O, const float* x, const float* weight, const float* bias, float* y) {
+  int64_t C = s.C;
+  std::unique_ptr<float[]> U(new float[36 * C * O]);
+  parallel_for(0, O / COLUMNS, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) transform_kernels(weight + p * COLUMNS * 9 * C, C, U.get() + p * COLUMNS * C, C * O);
+  });
+  winograd(s, O, x, U.get(), bias, y);
+}
+
+#ifdef __AVX512BF16__
+bool multiplies_in_bf16() { return true; }
+void conv3x3_bf16(Shape s, int64_t O, const bf16* x, const bf16* U, const float* bias, bf16* y, bool doubled) { winograd(s, O, x, U, bias, y, doubled); }
+#else
+bool multiplies_in_bf16() { return false; }
+void conv3x3_bf16(Shape, int64_t, const bf16*, const bf16*, const float*, bf16*, bool) {}
+#endif
 
 // A y A^T of a tile, as much of it as lies in the picture, from its corner on, to N, each of whose positions lies `stride`
 // after the one before.
 static void transform_gradient(const float* dy, int64_t rows, int64_t columns, int64_t W, int64_t O, float* N, int64_t stride) {
   for (int64_t o = 0; o < O; o += LANES) {
-    Vector y[16], n[36];
-    for (int i = 0; i < 4; i++)
-      for (int j = 0; j < 4; j++) y[i * 4 + j] = i < rows && j < columns ? get(dy + (i * W + j) * O + o) : Vector{};
-    both_ways<4, 6, output_points>(y, n);
-    for (int k = 0; k < 36; k++) put(N + k * stride + o, n[k]);
+    both_ways<4, 6, output_points>([&](int i, int j) { return i < rows && j < columns ? get(dy + (i * W + j) * O + o) : Vector{}; },
+                                   [&](int i, int j, Vector n) { put(N + (i * 6 + j) * stride + o, n); });
   }
 }
 
@@ -270,10 +321,8 @@ void conv3x3_weight_gradient(Shape s, int64_t O, const float* x, const float* dy
   parallel_for(0, O, 1, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; o++)
       for (int64_t c = 0; c < C; c += LANES) {
-        Vector u[36], g[9];
-        for (int k = 0; k < 36; k++) u[k] = get(U.get() + (k * O + o) * C + c);
-        both_ways<6, 3, kernel_gradient>(u, g);
-        for (int k = 0; k < 9; k++) put(dweight + (o * 9 + k) * C + c, g[k]);
+        both_ways<6, 3, kernel_gradient>([&](int i, int j) { return get(U.get() + ((i * 6 + j) * O + o) * C + c); },
+                                         [&](int i, int j, Vector g) { put(dweight + (o * 9 + i * 3 + j) * C + c, g); });
       }
   });
 }

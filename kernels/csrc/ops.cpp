@@ -406,7 +406,7 @@ static float* conv_values(const Tensor& x, const char* name, Tensor& kept) {
 static void check_channels(int64_t C, int64_t O) { check(C && O && C % 32 == 0 && O % 32 == 0, "conv3x3 takes multiples of 32 channels, not ", C, " to ", O, "."); }
 
 static Tensor new_last(const Tensor& like, std::vector<int64_t> size) {
-  Tensor y = allocated([&] { return torch::stable::empty(size, ScalarType::Float, std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast); });
+  Tensor y = allocated([&] { return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast); });
   ask_for_huge_pages(y);
   return y;
 }
@@ -420,6 +420,23 @@ static Tensor conv3x3_(const Tensor& x, const Tensor& weight, const Tensor& bias
   const void* offset = parameter(bias, "bias", x, {k.B});
   Tensor y = new_last(x, {s.B, k.B, s.H, s.W});
   if (!empty(s)) conv3x3(s, k.B, in, kernel, static_cast<const float*>(offset), static_cast<float*>(y.data_ptr()));
+  return y;
+}
+
+// U: the transformed weight, as kernels.h says.
+static Tensor conv3x3_bf16_(const Tensor& x, const Tensor& U, const Tensor& bias, bool doubled) {
+  Shape s = shape(x, "x");
+  int64_t O = U.dim() == 5 ? 32 * U.size(1) : 0;
+  check(x.is_cpu() && x.scalar_type() == ScalarType::BFloat16, "x must be a bfloat16 tensor on the CPU.");
+  check(U.is_cpu() && U.scalar_type() == ScalarType::BFloat16 && U.is_contiguous() && O && U.numel() == 36 * s.C * O,
+        "U must be a transformed weight, bfloat16 (36, O / 32, ", s.C / 2, ", 32, 2), not ", shape_of(U), ".");
+  check_channels(s.C, O);
+  check(bias.is_cpu() && bias.scalar_type() == ScalarType::Float && bias.is_contiguous() && bias.numel() == O, "bias must be float32 of the shape (", O, ",), not ", shape_of(bias), ".");
+  s.H <<= doubled, s.W <<= doubled;
+  Tensor kept = in_order(x, MemoryFormat::ChannelsLast), y = new_last(x, {s.B, O, s.H, s.W});
+  check(multiplies_in_bf16(), "this library was not compiled for a processor that multiplies in bfloat16.");
+  if (!empty(s)) conv3x3_bf16(s, O, static_cast<const bf16*>(kept.data_ptr()), static_cast<const bf16*>(U.data_ptr()), static_cast<const float*>(bias.data_ptr()),
+                              static_cast<bf16*>(y.data_ptr()), doubled);
   return y;
 }
 
@@ -442,68 +459,33 @@ template <class T> static const T* values(const Tensor& x, const char* name, Sca
   for (size_t i = 0; fits && i < size.size(); i++) fits = x.size(i) == size[i];
   std::ostringstream wanted;
   for (size_t i = 0; i < size.size(); i++) wanted << (i ? ", " : "(") << size[i];
-  check(fits, name, " must be ", dtype == ScalarType::Float ? "float32" : dtype == ScalarType::Long ? "int64" : dtype == ScalarType::Bool ? "bool" : "int16",
+  check(fits, name, " must be ", dtype == ScalarType::Float ? "float32" : dtype == ScalarType::Double ? "float64" : dtype == ScalarType::Long ? "int64" : "int16",
         " on the CPU, of the shape ", wanted.str(), "), not ", shape_of(x), ".");
   kept = torch::stable::contiguous(x);
   return static_cast<const T*>(kept.data_ptr());
 }
 
-static const int64_t* picture_sizes(const Tensor& sizes, Shape s, Tensor& kept) {
-  const int64_t* p = values<int64_t>(sizes, "sizes", ScalarType::Long, {s.B, 2}, kept);
-  for (int64_t b = 0; b < s.B; b++)
-    check(p[2 * b] >= 1 && p[2 * b] <= s.H && p[2 * b + 1] >= 1 && p[2 * b + 1] <= s.W, "picture ", b, " of ", p[2 * b], " x ", p[2 * b + 1],
-          " does not lie in its canvas of ", s.H, " x ", s.W, ".");
-  return p;
-}
-
-static Tensor filter2d_(const Tensor& x, const Tensor& sizes, const Tensor& filters) {
-  Shape s = shape(x, "x");
-  int64_t k = filters.dim() == 3 ? filters.size(2) : 0;
-  check(k % 2 == 1, "filters must be of (B, k, k) with k odd, not ", shape_of(filters), ".");
-  Tensor kept[3], y = new_vector(x, {s.B, s.C, s.H, s.W}, ScalarType::Float);
-  const float *in = values<float>(x, "x", ScalarType::Float, {s.B, s.C, s.H, s.W}, kept[0]), *f = values<float>(filters, "filters", ScalarType::Float, {s.B, k, k}, kept[1]);
-  if (!empty(s)) filter2d(s, picture_sizes(sizes, s, kept[2]), k, f, in, static_cast<float*>(y.data_ptr()));
-  return y;
-}
-
-static Taps taps(const Tensor& index, const Tensor& weight, const char* name, int64_t B, int64_t limit, Tensor* kept) {
-  check(index.dim() == 3, name, " must be of (B, length, taps), not ", shape_of(index), ".");
-  std::vector<int64_t> size{B, index.size(1), index.size(2)};
-  Taps t{size[1], size[2], values<int64_t>(index, name, ScalarType::Long, size, kept[0]), values<float>(weight, "weights", ScalarType::Float, size, kept[1])};
-  for (int64_t i = 0; i < B * t.length * t.taps; i++) check(t.index[i] >= 0 && t.index[i] < limit, name, " must lie in the picture, not at ", t.index[i], " of ", limit, ".");
-  return t;
-}
-
-static Tensor resample_(const Tensor& x, const Tensor& rows, const Tensor& row_weights, const Tensor& cols, const Tensor& col_weights) {
-  Shape s = shape(x, "x");
-  Tensor kept[5];
-  Taps r = taps(rows, row_weights, "rows", s.B, s.H, kept), c = taps(cols, col_weights, "cols", s.B, s.W, kept + 2);
-  const float* in = values<float>(x, "x", ScalarType::Float, {s.B, s.C, s.H, s.W}, kept[4]);
-  Tensor y = new_vector(x, {s.B, s.C, r.length, c.length}, ScalarType::Float);
-  if (!empty(s)) resample(s, r, c, in, static_cast<float*>(y.data_ptr()));
-  return y;
-}
-
-static Tensor photon_noise_(const Tensor& x, const Tensor& sizes, const Tensor& amount, const Tensor& gaussian, const Tensor& gray, const Tensor& quantiles,
-                            const Tensor& seeds, int64_t stream) {
-  Shape s = shape(x, "x");
-  check(s.C == 3, "x must have 3 channels, not ", s.C, ".");
-  Tensor kept[6], y = new_vector(x, {s.B, s.C, s.H, s.W}, ScalarType::Float);
-  int64_t bins = quantiles.dim() == 3 ? quantiles.size(2) : 0;
-  const float *in = values<float>(x, "x", ScalarType::Float, {s.B, s.C, s.H, s.W}, kept[0]), *a = values<float>(amount, "amount", ScalarType::Float, {s.B}, kept[1]);
-  const bool *g = values<bool>(gaussian, "gaussian", ScalarType::Bool, {s.B}, kept[2]), *c = values<bool>(gray, "gray", ScalarType::Bool, {s.B}, kept[3]);
-  const int16_t* q = values<int16_t>(quantiles, "quantiles", ScalarType::Short, {9, 256, bins}, kept[4]);
+static Tensor damage_(const Tensor& x_1, const Tensor& seeds, const Tensor& first, const Tensor& stages, const Tensor& filters, const Tensor& steps, int64_t h, int64_t w) {
+  Shape s = shape(x_1, "x_1");
+  check(s.C == 3, "x_1 must have 3 channels, not ", s.C, ".");
+  int64_t count = stages.dim() == 2 ? stages.size(0) : 0, taps = filters.dim() == 1 ? filters.size(0) : 0, cells = steps.dim() == 3 ? steps.size(2) : 0;
+  Tensor kept[5], y = new_vector(x_1, {s.B, 3, h, w}, ScalarType::Float);
+  const float *in = values<float>(x_1, "x_1", ScalarType::Float, {s.B, 3, s.H, s.W}, kept[0]), *f = values<float>(filters, "filters", ScalarType::Float, {taps}, kept[1]);
+  const int64_t* begin = values<int64_t>(first, "first", ScalarType::Long, {s.B + 1}, kept[2]);
+  const int16_t* q = values<int16_t>(steps, "steps", ScalarType::Short, {9, 256, cells}, kept[3]);
+  const Stage* stage = reinterpret_cast<const Stage*>(values<double>(stages, "stages", ScalarType::Double, {count, 5}, kept[4]));
+  for (int64_t b = 0; b <= s.B; b++) check(begin[b] >= (b ? begin[b - 1] : 0) && begin[b] <= count, "first must rise from 0 to the number of stages, ", count, ".");
+  for (const Stage* d = stage; d < stage + count; d++) {
+    int kind = int(d->kind);
+    if (kind == Stage::BLUR)
+      check(d->a >= 3 && int64_t(d->a) % 2 == 1 && d->b >= 0 && d->b + d->a * d->a <= taps, "a filter must be of k x k with k odd, 3 at least, and lie in the ", taps, " of filters.");
+    else if (kind == Stage::RESIZE)
+      check(d->a >= 0 && d->a <= int(Method::antialiased) && (d->d > 0 || (d->b >= 1 && d->c >= 1)), "a resizing must name a method, 0 to 3, and a size or a ratio.");
+    else
+      check(kind == Stage::NOISE || kind == Stage::JPEG, "a stage must be of the kind 0 to 3, not ", kind, ".");
+  }
   PerImage<int64_t> seed = per_image<int64_t>(seeds, "seeds", y);
-  if (!empty(s)) photon_noise(s, picture_sizes(sizes, s, kept[5]), a, g, c, bins, q, seed, uint32_t(stream), in, static_cast<float*>(y.data_ptr()));
-  return y;
-}
-
-static Tensor jpeg_(const Tensor& x, const Tensor& sizes, const Tensor& factors) {
-  Shape s = shape(x, "x");
-  check(s.C == 3, "x must have 3 channels, not ", s.C, ".");
-  Tensor kept[3], y = new_vector(x, {s.B, s.C, s.H, s.W}, ScalarType::Float);
-  const float *in = values<float>(x, "x", ScalarType::Float, {s.B, s.C, s.H, s.W}, kept[0]), *f = values<float>(factors, "factors", ScalarType::Float, {s.B}, kept[1]);
-  if (!empty(s)) jpeg(s, picture_sizes(sizes, s, kept[2]), f, in, static_cast<float*>(y.data_ptr()));
+  if (!empty(s)) damage(s, begin, stage, f, cells, q, seed, h, w, in, static_cast<float*>(y.data_ptr()));
   return y;
 }
 
@@ -539,12 +521,11 @@ STABLE_TORCH_LIBRARY(oftsr, m) {
   m.def("group_norm_silu_backward(Tensor dy, Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("conv3x3(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("multiplies_in_bf16() -> bool");
+  m.def("conv3x3_bf16(Tensor x, Tensor U, Tensor bias, bool doubled) -> Tensor");
   m.def("conv3x3_weight_gradient(Tensor x, Tensor dy) -> Tensor");
   m.def("to_uint8(Tensor x) -> Tensor");
-  m.def("filter2d(Tensor x, Tensor sizes, Tensor filters) -> Tensor");
-  m.def("resample(Tensor x, Tensor rows, Tensor row_weights, Tensor cols, Tensor col_weights) -> Tensor");
-  m.def("photon_noise(Tensor x, Tensor sizes, Tensor amount, Tensor gaussian, Tensor gray, Tensor quantiles, Tensor seeds, int stream) -> Tensor");
-  m.def("jpeg(Tensor x, Tensor sizes, Tensor factors) -> Tensor");
+  m.def("damage(Tensor x_1, Tensor seeds, Tensor first, Tensor stages, Tensor filters, Tensor steps, int h, int w) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
@@ -562,10 +543,10 @@ STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_));
   m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward_));
   m.impl("conv3x3", TORCH_BOX(&conv3x3_));
+  m.impl("conv3x3_bf16", TORCH_BOX(&conv3x3_bf16_));
   m.impl("conv3x3_weight_gradient", TORCH_BOX(&conv3x3_weight_gradient_));
   m.impl("to_uint8", TORCH_BOX(&to_uint8_));
-  m.impl("filter2d", TORCH_BOX(&filter2d_));
-  m.impl("resample", TORCH_BOX(&resample_));
-  m.impl("photon_noise", TORCH_BOX(&photon_noise_));
-  m.impl("jpeg", TORCH_BOX(&jpeg_));
+  m.impl("damage", TORCH_BOX(&damage_));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeImplicitAutograd, m) { m.impl("multiplies_in_bf16", TORCH_BOX(&multiplies_in_bf16)); }
