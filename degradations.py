@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from scipy import special
 
 import kernels
+from kernels import reference
 from kernels.reference import MASK, philox
 
 
@@ -192,18 +193,19 @@ def draw(numbers, strength=-1.0):
     rounds = tuple(damage for r in ROUNDS if (damage := draw_round(dice, r, s, often)))
     quality, jpeg = dice.between(*milder(JPEG, s, 98)), dice.chance(often)
     method, antialiased = dice.pick(METHODS), not dice.chance(s)
-    sinc = sinc_kernel(dice.pick(END_SIZES), dice.between(*milder((math.pi / 3, math.pi), s, math.pi)))
-    sharp = unsharp_kernel(dice.between(0, onset(s)), dice.between(0.5, 1.5))
+    sinc = dice.pick(END_SIZES), dice.between(*milder((math.pi / 3, math.pi), s, math.pi))
+    sharp = dice.between(0, onset(s)), dice.between(0.5, 1.5)
     filtered, sharpened = dice.chance(END_SINC * s), dice.chance((1 - s) / 2)
+    kernel = sinc_kernel(*sinc) if filtered else unsharp_kernel(*sharp) if sharpened else None
     last_quality, last_jpeg = dice.between(*milder(JPEG, s, 98)), dice.chance(often)
-    return Harm(s, rounds, quality if jpeg else None, "antialiased" if antialiased else method, sinc if filtered else sharp if sharpened else None,
+    return Harm(s, rounds, quality if jpeg else None, "antialiased" if antialiased else method, kernel,
                 last_quality if last_jpeg else None, dice.chance(0.5))
 
 
 def draw_round(dice, r, s, often):
     """One round's Damage at strength s, or None if the picture is spared."""
     spared = not dice.chance(r.chance * (s if r.chance < 1 else 1))
-    kernel, blurred = draw_kernel(dice, r, s), dice.chance(r.blur * often)
+    make_kernel, blurred = draw_kernel(dice, r, s), dice.chance(r.blur * often)
     way, resized = dice.pick(dict(zip(("up", "down", "keep"), r.resize))), dice.chance(often)
     low, high = milder(r.ratio, s, 1)
     up, down, method = dice.between(1, high), dice.between(low, 1), dice.pick(METHODS)
@@ -211,11 +213,11 @@ def draw_round(dice, r, s, often):
     noise = dice.between(*milder([g / 255 for g in r.gaussian] if gaussian else r.poisson, s, 0))
     gray = dice.chance(GRAY)
     ratio = {"up": up, "down": down, "keep": 1.0}[way] if resized else 1.0
-    return None if spared else Damage(kernel if blurred else None, ratio, method, gaussian, noise if noisy else 0.0, gray)
+    return None if spared else Damage(make_kernel() if blurred else None, ratio, method, gaussian, noise if noisy else 0.0, gray)
 
 
 def draw_kernel(dice, r, s):
-    """A blur of one of the six kinds, or a sinc filter: (k, k) float64."""
+    """A function that makes a blur of one of the six kinds, or a sinc filter: (k, k) float64. Making takes longer than drawing, and half are not wanted."""
     size, sinc, kind = dice.pick(r.sizes), dice.chance(SINC), dice.pick(BLURS)
     lowest = math.pi / 3 if size < 13 else math.pi / 5
     cutoff = dice.between(*milder((lowest, math.pi), s, math.pi))
@@ -226,12 +228,21 @@ def draw_kernel(dice, r, s):
     low, high = BETA.get(shape, (1.0, 1.0))
     beta = low + (1 - low) * place if below else 1 + (high - 1) * place
     turned = (sigma_x, 0.0) if spread == "iso" else (sigma_y, angle)
-    k = onset(s) * (sinc_kernel(size, cutoff) if sinc else blur_kernel(size, shape, sigma_x, *turned, beta))
-    k[size // 2, size // 2] += 1 - onset(s)
-    return k
+
+    def make():
+        k = onset(s) * (sinc_kernel(size, cutoff) if sinc else blur_kernel(size, shape, sigma_x, *turned, beta))
+        k[size // 2, size // 2] += 1 - onset(s)
+        return k
+    return make
 
 
 # --- the kernels of blur ---
+
+
+@functools.lru_cache
+def places(size):
+    """How far each pixel of a filter lies below and right of its middle: (2, size, size)."""
+    return np.mgrid[:size, :size] - size // 2
 
 
 def blur_kernel(size, shape, sigma_x, sigma_y, angle=0.0, beta=1.0):
@@ -239,7 +250,7 @@ def blur_kernel(size, shape, sigma_x, sigma_y, angle=0.0, beta=1.0):
 
     exp(-q / 2), the Gaussian, for shape ""; exp(-q^beta / 2) for "generalized"; 1 / (1 + q^beta) for "plateau".
     """
-    y, x = np.mgrid[:size, :size] - size // 2
+    y, x = places(size)
     c, s = math.cos(angle), math.sin(angle)
     q = ((c * x + s * y) / sigma_x) ** 2 + ((c * y - s * x) / sigma_y) ** 2
     k = 1 / (1 + q**beta) if shape == "plateau" else np.exp(-0.5 * q**beta)
@@ -249,8 +260,7 @@ def blur_kernel(size, shape, sigma_x, sigma_y, angle=0.0, beta=1.0):
 def sinc_kernel(size, cutoff):
     """The ideal low-pass filter of all frequencies below `cutoff` (radians a pixel), cut to (size, size), whose rings are those
     of sharpening: cutoff J_1(cutoff r) / (2 pi r), in float64, brought to the sum 1."""
-    y, x = np.mgrid[:size, :size] - size // 2
-    r = np.hypot(x, y)
+    r = np.hypot(*places(size))
     r[size // 2, size // 2] = 1
     k = cutoff * special.j1(cutoff * r) / (2 * np.pi * r)
     k[size // 2, size // 2] = cutoff**2 / (4 * np.pi)  # its limit at r = 0
@@ -274,21 +284,24 @@ def real(x_1, seeds, scale, strength=-1.0):
 
     seeds (B,) int64; strength as `draw`'s. H and W are multiples of scale.
     """
-    harms = [draw(numbers, strength) for numbers in uniforms(seeds, 100)]
-    x, size = x_1.float() * 0.5 + 0.5, 1 if x_1.device.type == "cpu" else len(x_1)  # one picture stays in a CPU's cache
-    y = torch.cat([harm(x[i : i + size], seeds[i : i + size], harms[i : i + size], scale) for i in range(0, len(x), size)])
+    if x_1.shape[2] % scale or x_1.shape[3] % scale:
+        raise ValueError(f"{x_1.shape[2]} x {x_1.shape[3]} is not a multiple of the scale {scale}")
+    harms, x_1 = [draw(numbers, strength) for numbers in uniforms(seeds, 100)], x_1.float()
+    if kernels.damages(x_1):
+        y = harm_one_by_one(x_1, seeds, harms, scale)
+    else:
+        size = 1 if x_1.device.type == "cpu" else len(x_1)  # one picture stays in a CPU's cache
+        y = torch.cat([harm(x_1[i : i + size], seeds[i : i + size], harms[i : i + size], scale) for i in range(0, len(x_1), size)])
     untouched = [i for i, h in enumerate(harms) if h.strength == 0]
     if untouched:
-        y[untouched] = H(x_1[untouched].float(), "bicubic", scale) * 0.5 + 0.5
+        y[untouched] = H(x_1[untouched], "bicubic", scale) * 0.5 + 0.5
     return to_float((y.clamp(0, 1) * 255).round())
 
 
-def harm(x, seeds, harms, scale):
-    """The pipeline: x (B, 3, H, W) in [0, 1], seeds (B,), a Harm each -> (B, 3, H/scale, W/scale), neither clamped nor rounded."""
-    if x.shape[2] % scale or x.shape[3] % scale:
-        raise ValueError(f"{x.shape[2]} x {x.shape[3]} is not a multiple of the scale {scale}")
-    nothing, final = Damage(), (x.shape[2] // scale, x.shape[3] // scale)
-    sizes = torch.tensor([x.shape[2:]] * len(x))
+def harm(x_1, seeds, harms, scale):
+    """The pipeline: x_1 (B, 3, H, W) in [-1, 1], seeds (B,), a Harm each -> (B, 3, H/scale, W/scale) in [0, 1], neither clamped nor rounded."""
+    nothing, final = Damage(), (x_1.shape[2] // scale, x_1.shape[3] // scale)
+    x, sizes = x_1 * 0.5 + 0.5, torch.tensor([x_1.shape[2:]] * len(x_1))
 
     first = [h.rounds[0] if h.rounds else nothing for h in harms]
     x = blur(x, sizes, [d.kernel for d in first])
@@ -310,6 +323,45 @@ def harm(x, seeds, harms, scale):
     return jpeg(x, sizes, [h.last_quality if h.jpeg_last else None for h in harms])
 
 
+def harm_one_by_one(x_1, seeds, harms, scale):
+    """harm() by the extension, to the same bits: each picture goes through its own stages alone, and stays in the processor's cache."""
+    final, first, rows, filters, taps = (x_1.shape[2] // scale, x_1.shape[3] // scale), [0], [], [np.zeros(0)], 0
+    for h in harms:
+        for kind, value, *rest in stages(h, final):
+            if kind == kernels.BLUR:
+                filters.append(value.ravel())
+                value, rest, taps = len(value), (taps, 0, 0), taps + value.size
+            rows.append((kind, value, *rest))
+        first.append(len(rows))
+    tables = torch.tensor(first), torch.from_numpy(np.array(rows, np.float64)), torch.from_numpy(np.concatenate(filters).astype(np.float32))
+    return kernels.damage(x_1, seeds, *tables, poisson_steps(), *final)
+
+
+def stages(h, final):
+    """A Harm as kernels.damage wants it, in harm()'s order: what a picture is spared is left out. final (h, w)."""
+    def jpeg(quality):
+        return kernels.JPEG, table_factor(quality), 0, 0, 0
+
+    for i, d in enumerate(h.rounds):
+        if d.kernel is not None:
+            yield kernels.BLUR, d.kernel
+        if i == 0 and d.ratio != 1:
+            yield kernels.RESIZE, METHODS.index(d.method), 0, 0, d.ratio
+        elif i == 1:
+            yield kernels.RESIZE, METHODS.index(d.method), *(max(1, int(f * d.ratio)) for f in final), 0
+        if d.noise:
+            yield kernels.NOISE, d.noise, d.gaussian, d.gray, NOISES[i]
+        if i == 0 and h.quality:
+            yield jpeg(h.quality)
+    if h.last_quality and not h.jpeg_last:
+        yield jpeg(h.last_quality)
+    yield kernels.RESIZE, (*METHODS, "antialiased").index(h.method), *final, 0
+    if h.kernel is not None:
+        yield kernels.BLUR, h.kernel
+    if h.last_quality and h.jpeg_last:
+        yield jpeg(h.last_quality)
+
+
 def blur(x, sizes, filters):
     """Each picture filtered by its own kernel (k, k), k odd, reflected at its edges; None leaves it as it is."""
     if not any(f is not None for f in filters):
@@ -320,7 +372,7 @@ def blur(x, sizes, filters):
         f = np.ones((1, 1)) if f is None else f
         margin = (side - len(f)) // 2
         padded[margin : side - margin, margin : side - margin] = f
-    return kernels.filter2d(x, sizes, torch.from_numpy(all_filters).to(x.device))
+    return reference.filter2d(x, sizes, torch.from_numpy(all_filters).to(x.device))
 
 
 def add_noise(x, sizes, damages, seeds, stream):
@@ -328,7 +380,7 @@ def add_noise(x, sizes, damages, seeds, stream):
     if not any(d.noise for d in damages):
         return x
     amount, gaussian, gray = (torch.tensor([getattr(d, name) for d in damages]) for name in ("noise", "gaussian", "gray"))
-    return kernels.photon_noise(x, sizes, amount.float(), gaussian, gray, poisson_quantiles(), seeds, stream)
+    return reference.photon_noise(x, sizes, amount.float(), gaussian, gray, poisson_quantiles(), seeds, stream)
 
 
 @functools.lru_cache
@@ -349,12 +401,27 @@ def poisson_quantiles(bins=4096):
     return torch.from_numpy(np.stack(tables))
 
 
+@functools.lru_cache
+def poisson_steps():
+    """poisson_quantiles() in a sixteenth of the memory, so that a processor's cache holds it: (9, 256, bins / 16) int16.
+
+    In 16 bins k rises once at most. Of each 16: 32 k of the first, and in how many of them k is that (16: in all).
+    """
+    k = poisson_quantiles().unflatten(2, (-1, 16))
+    return (32 * k[..., 0] + (k == k[..., :1]).sum(-1)).to(torch.int16)
+
+
 def jpeg(x, sizes, qualities):
     """What JPEG leaves of each picture at its own quality (1 to 99, not only whole numbers; None: no JPEG)."""
     if not any(qualities):
         return x
-    factors = [0.0 if q is None else 50 / q if q < 50 else 2 - q / 50 for q in qualities]
-    return kernels.jpeg(x, sizes, torch.tensor(factors, dtype=torch.float32))
+    factors = [0.0 if q is None else table_factor(q) for q in qualities]
+    return reference.jpeg(x, sizes, torch.tensor(factors, dtype=torch.float32))
+
+
+def table_factor(quality):
+    """What JPEG's tables are multiplied by at a quality."""
+    return 50 / quality if quality < 50 else 2 - quality / 50
 
 
 # --- resizing: each new pixel is a sum of a few old ones ---
@@ -371,7 +438,7 @@ def resize(x, sizes, targets, methods):
         new.append(to)
         rows.append(taps(method, h, to[0], ratio))
         cols.append(taps(method, w, to[1], ratio))
-    return kernels.resample(x, *(t.to(x.device) for t in (*stack_taps(rows), *stack_taps(cols)))), torch.tensor(new)
+    return reference.resample(x, *(t.to(x.device) for t in (*stack_taps(rows), *stack_taps(cols)))), torch.tensor(new)
 
 
 @functools.lru_cache(64)  # of a square picture, rows and columns are alike
@@ -393,7 +460,7 @@ def taps(method, n, m, ratio=None):
         index = np.floor((i + 0.5) * n / m - 2 * step)[:, None].astype(int) + np.arange(int(4 * step) + 2)
         d = np.abs(index + 0.5 - (i + 0.5)[:, None] * n / m) / step
         weights = np.where((index >= 0) & (index < n), cubic(d, -0.5), 0)
-        return index.clip(0, n - 1), (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+        return index.clip(0, n - 1), (weights / sum(weights.T)[:, None]).astype(np.float32)
     step, half = np.float32(1 / ratio if ratio else n / m), np.float32(0.5)
     at = step * (i.astype(np.float32) + half) - half
     if method == "bilinear":

@@ -489,7 +489,10 @@ def check_flags(args):
 
 
 def pick(args, crop, device):
-    return pick_metrics(args.metrics, crop, device, args.lpips_backbone, args.vgg_backbone, args.inception)
+    metrics = pick_metrics(args.metrics, crop, device, args.lpips_backbone, args.vgg_backbone, args.inception)
+    if not metrics.names():
+        raise InputError(f"nothing is left to measure of --metrics {','.join(args.metrics)}")
+    return metrics
 
 
 def measure_pairs(args, device):

@@ -325,6 +325,8 @@ def check_args(args):
         raise InputError("--consistent is for the network's own enlargement: it goes without -s, --width and --height")
     if args.generate and (idle := [f for f in ("inputs", "t", "t_map", "consistent", "export", "strip", "outscale", "width", "height", "model", "denoise") if getattr(args, f)]):
         raise InputError(f"--generate draws pictures out of nothing: it goes without {'pictures' if idle[0] == 'inputs' else f'--{idle[0]}'}")
+    if args.generate and args.steps and args.solver in (None, "rk45"):
+        raise InputError("rk45, the default of --generate, chooses its steps itself: --steps goes with another --solver")
     if args.generate and is_file_name(args.output):
         raise InputError(f"--generate writes several files: -o names a folder, not {args.output}")
     if args.outscale and (args.width or args.height):

@@ -267,37 +267,24 @@ def to_uint8(x):
     return ops.to_uint8(x)
 
 
-# ---- what happens to pictures in the world: of the extension on a CPU, elsewhere PyTorch's; the same bits from both
+# ---- what happens to pictures in the world: of the extension on a CPU; its definition is degradations.harm, of the functions in reference.py
+
+BLUR, RESIZE, NOISE, JPEG = range(4)
 
 
-def _damaging(x):
+def damages(x):
+    """Whether `damage` takes x."""
     return x.device.type == "cpu" and _native(x)
 
 
-def filter2d(x, sizes, filters):
-    """Each picture correlated with its own filter (B, k, k) float32, k odd, reflected at its edges.
+def damage(x_1, seeds, first, stages, filters, steps, h, w):
+    """Each picture through its own stages: x_1 (B, 3, H, W) float32 in [-1, 1], seeds (B,) int64 -> (B, 3, h, w) in [0, 1], neither clamped nor rounded.
 
-    x (B, C, H, W) float32, picture b being x[b, :, :h, :w] with sizes (B, 2) int64 on the CPU; beyond, the result means nothing.
+    Picture b's are rows first[b] to first[b + 1] - 1 of stages (S, 5) float64, first (B + 1,) int64:
+    BLUR, side, where in filters (F,) float32 it begins; RESIZE, 0 area, 1 bilinear, 2 bicubic or 3 antialiased, and height, width, 0, or 0, 0, ratio;
+    NOISE, amount, whether Gaussian, whether gray, stream of noise; JPEG, factor of its tables. steps (9, 256, bins / 16) int16: degradations.poisson_steps.
     """
-    return (ops if _damaging(x) else reference).filter2d(x, sizes, filters)
-
-
-def resample(x, rows, row_weights, cols, col_weights):
-    """Each picture resized by weighted sums of its rows (B, h, T) int64 and columns (B, w, S): x (B, C, H, W) float32 -> (B, C, h, w)."""
-    return (ops if _damaging(x) else reference).resample(x, rows, row_weights, cols, col_weights)
-
-
-def photon_noise(x, sizes, amount, gaussian, gray, quantiles, seeds, stream):
-    """Each picture with Gaussian or Poisson noise, in colour or in gray, clamped to [0, 1]: reference.photon_noise says how.
-
-    x (B, 3, H, W) float32, sizes as filter2d's; amount (B,) float32, gaussian and gray (B,) bool, quantiles (9, 256, bins) int16.
-    """
-    return (ops if _damaging(x) else reference).photon_noise(x, sizes, amount, gaussian, gray, quantiles, seeds, stream)
-
-
-def jpeg(x, sizes, factors):
-    """What JPEG leaves of each picture, x (B, 3, H, W) float32 in [0, 1]; sizes as filter2d's; factors (B,) float32 of its tables, 0: no JPEG."""
-    return (ops if _damaging(x) else reference).jpeg(x, sizes, factors)
+    return ops.damage(x_1, seeds, first, stages, filters, steps, h, w)
 
 
 # ---- what PyTorch's compiler and autograd want to know of the operators

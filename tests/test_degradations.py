@@ -18,7 +18,7 @@ import degradations
 import train_flow
 from console import InputError
 import kernels
-from degradations import Damage, add_noise, blur, blur_kernel, degrade, draw, jpeg, real, resize, sinc_kernel, taps, to_float, uniforms, unsharp_kernel
+from degradations import Damage, Harm, add_noise, blur, blur_kernel, degrade, draw, jpeg, real, resize, sinc_kernel, taps, to_float, uniforms, unsharp_kernel
 from partners import find_partners
 from test_train import SMALL, photos, run, signals  # noqa: F401 (fixtures)
 
@@ -224,22 +224,38 @@ def test_the_kernels_make_the_references_pictures(strength, monkeypatch):
     assert torch.equal(y, real(x_1, seeds, 4, strength))
 
 
-def test_each_kernel_is_its_reference():
-    """Pictures of their own sizes on one canvas, a single row among them."""
+@pytest.mark.parametrize("size", [(50, 70), (33, 41), (1, 9), (16, 64), (3, 2)])
+def test_each_stage_alone_is_its_reference(size):
+    """Filters of all sizes, one of them padded with zeros; every way to resize; noises; JPEG: on a picture of few and of odd pixels."""
     if "cpu" not in kernels.extension_devices():
         pytest.skip("no extension here")
-    torch.manual_seed(0)
-    x, sizes = torch.rand(4, 3, 50, 70), torch.tensor([[50, 70], [33, 41], [1, 9], [16, 64]])
-    filters = F.pad(torch.randn(4, 5, 5), (1, 1, 1, 1))
-    amounts = (torch.tensor([0.1, 2.0, 0.5, 0.0]), torch.tensor([True, False, False, False]), torch.tensor([False, True, False, True]))
-    for call in (lambda k: k.filter2d(x, sizes, filters), lambda k: k.jpeg(x, sizes, torch.tensor([0.5, 1.3, 0.0, 0.2])),
-                 lambda k: k.photon_noise(x, sizes, *amounts, degradations.poisson_quantiles(), torch.arange(4), 3)):
-        ours, right = call(kernels), call(kernels.reference)
-        assert all(torch.equal(a[:, :h, :w], b[:, :h, :w]) for a, b, (h, w) in zip(ours, right, sizes.tolist()))
-    with pytest.raises(RuntimeError, match="picture 1 of 51 x 70 does not lie in its canvas of 50 x 70"):
-        kernels.filter2d(x, torch.tensor([[50, 70], [51, 70], [1, 9], [16, 64]]), filters)
-    with pytest.raises(RuntimeError, match="k odd"):
-        kernels.filter2d(x, sizes, filters[:, :4, :4])
+    random = np.random.default_rng(0)
+    damages = [Damage(kernel=random.standard_normal((k, k))) for k in range(3, 21, 2)] + [Damage(kernel=np.pad(random.random((5, 5)), 3)), Damage(kernel=np.zeros((7, 7)))]
+    damages += [Damage(ratio=ratio, method=method) for ratio in (0.15, 0.37, 1.33, 3.0) for method in degradations.METHODS]
+    damages += [Damage(noise=noise, gaussian=gaussian, gray=gray) for noise in (0.05, 2.0) for gaussian in (True, False) for gray in (True, False)]
+    harms = [Harm(1.0, (d,), None, method, None, None, False) for d in damages for method in ("antialiased", "bicubic")]
+    harms += [Harm(1.0, (Damage(),), quality, "area", None, None, False) for quality in (1, 30, 60.5, 99)]
+    x_1, seeds = torch.rand(len(harms), 3, *size) * 2 - 1, torch.arange(len(harms))
+    x_1[-1] = 0.25  # one level: its photons are counted with N = 1
+    for ours, right, h in zip(degradations.harm_one_by_one(x_1, seeds, harms, 1), degradations.harm(x_1, seeds, harms, 1), harms):
+        assert torch.equal(ours, right), h
+
+
+def test_photons_in_a_smaller_table():
+    steps, bins = degradations.poisson_steps().int(), torch.arange(16)
+    assert torch.equal((steps >> 5)[..., None] + (bins >= (steps & 31)[..., None]).int(), degradations.poisson_quantiles().unflatten(2, (-1, 16)).int())
+
+
+@pytest.mark.parametrize("stage, says", [((kernels.BLUR, 4, 0, 0, 0), "k odd"), ((kernels.BLUR, 5, 9, 0, 0), "lie in the 30 of filters"), ((kernels.RESIZE, 4, 8, 8, 0), "a method"),
+                                         ((kernels.RESIZE, 0, 0, 8, 0), "a size or a ratio"), ((4, 0, 0, 0, 0), "kind 0 to 3, not 4"), ((kernels.RESIZE, 0, 9, 8, 0), "end at the size asked for")])
+def test_bad_stages_are_one_line(stage, says):
+    if "cpu" not in kernels.extension_devices():
+        pytest.skip("no extension here")
+    x, stages = torch.zeros(2, 3, 8, 8), torch.tensor([stage], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=says):
+        kernels.damage(x, torch.arange(2), torch.tensor([0, 0, 1]), stages, torch.ones(30), degradations.poisson_steps(), 8, 8)
+    with pytest.raises(RuntimeError, match="first must rise from 0"):
+        kernels.damage(x, torch.arange(2), torch.tensor([0, 1, 0]), stages.new_tensor([[3, 1, 0, 0, 0]]), torch.ones(30), degradations.poisson_steps(), 8, 8)
 
 
 def test_strength_is_a_scale_from_nothing_to_the_published():

@@ -569,6 +569,8 @@ def test_pictures_without_truth_as_table_5(files, tmp_path, monkeypatch, capsys,
         evaluate.main([*flags, "--metrics", "niqe,psnr_rgb"])
     with pytest.raises(InputError, match="goes without --data_dir"):
         evaluate.main([*flags, "--data_dir", "others"])
+    with pytest.raises(InputError, match="nothing is left to measure of --metrics fid"):
+        evaluate.main(["--pairs", "others", "others", "--metrics", "fid", "--device", "cpu"])
     write(tmp_path / "found", small_png=smooth(8, 30, 47))
     with pytest.raises(InputError, match="found/small.png of 188 x 120 is too small"):  # 4 times larger; before any work
         evaluate.main([*flags, "--metrics", "niqe", "--out_dir", "untouched"])

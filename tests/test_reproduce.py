@@ -160,8 +160,9 @@ def test_an_unconditional_flow_draws_pictures(tmp_path, capsys):
         sample.main(["--generate", "1", "--ckpt", str(tmp_path / "uncond.safetensors"), "-o", str(tmp_path / "a")])
     with pytest.raises(InputError, match="unconditional"):
         sample.main(["--generate", "1", "-o", str(tmp_path / "c")])
-    with pytest.raises(SystemExit):
-        sample.main(["--generate", "1", "--t", "1"])
+    for flags in (["--t", "1"], ["--steps", "8"]):  # rk45's, which is --generate's own
+        with pytest.raises(SystemExit):
+            sample.main(["--generate", "1", *flags])
 
 
 def test_the_speedrun_is_a_script_whose_stages_parse():

@@ -105,12 +105,15 @@ static void philox_line(int64_t seed, uint32_t stream, uint32_t block, uint32_t 
 // and works on one while another waits.
 struct Noise {
   float channel[4][STRIP];
-  void fill(int64_t seed, uint32_t stream, uint32_t block, uint32_t h, uint32_t w0, int32_t n) {
+  void fill(int64_t seed, uint32_t stream, uint32_t block, uint32_t h, uint32_t w0, int32_t n, int channels) {
     alignas(64) uint32_t word[4][STRIP];
+    n = (n + 15) / 16 * 16;  // a strip's end is whole vectors, too
     philox_line(seed, stream, block, h, w0, n, word);
-    for (int k = 0; k < 4; k += 2) {
+    for (int k = 0; k < channels; k += 2) {
+      for (int32_t i = 0; i < n; i += 16) {
 #pragma omp simd
-      for (int32_t i = 0; i < n; i++) box_muller(word[k][i], word[k + 1][i], channel[k][i], channel[k + 1][i]);
+        for (int32_t j = i; j < i + 16; j++) box_muller(word[k][j], word[k + 1][j], channel[k][j], channel[k + 1][j]);
+      }
     }
   }
 };
@@ -120,7 +123,7 @@ template <class F> static void for_noisy_strips(Shape s, PerImage<int64_t> seeds
   for_strips(s, [&](int64_t, int64_t b, int64_t h, int64_t w, int64_t n) {
     Noise noise;
     for (int64_t c = 0; c < s.C; c++) {
-      if (c % 4 == 0) noise.fill(seeds[b], stream, c / 4, h + corner.h, w + corner.w, n);
+      if (c % 4 == 0) noise.fill(seeds[b], stream, c / 4, h + corner.h, w + corner.w, n, int(std::min<int64_t>(4, s.C - c)));
       f(b, c, h, w, n, Line<float>{noise.channel[c % 4], 1});
     }
   });

@@ -82,14 +82,16 @@ bool multiplies_in_bf16();
 void conv3x3_bf16(Shape, int64_t O, const bf16* x, const bf16* U, const float* bias, bf16* y, bool doubled);
 void conv3x3_weight_gradient(Shape, int64_t O, const float* x, const float* dy, float* dweight);
 
-// What happens to pictures in the world (degradations.py), float32 in the CPU's memory, contiguous; picture b is its first
-// sizes[b] = {h, w} pixels of a canvas of H x W. In cpu_damage.cpp.
-void filter2d(Shape, const int64_t* sizes, int64_t k, const float* filters, const float* x, float* y);
-struct Taps { int64_t length, taps; const int64_t* index; const float* weight; };  // (B, length, taps)
-void resample(Shape, Taps rows, Taps cols, const float* x, float* y);
-void photon_noise(Shape, const int64_t* sizes, const float* amount, const bool* gaussian, const bool* gray, int64_t bins, const int16_t* quantiles,
-                  PerImage<int64_t> seeds, uint32_t stream, const float* x, float* y);
-void jpeg(Shape, const int64_t* sizes, const float* factors, const float* x, float* y);
+// What happens to pictures in the world (degradations.py), stage by stage, float32 in the CPU's memory. In cpu_damage.cpp.
+enum class Method { area, bilinear, bicubic, antialiased };
+struct Stage {
+  enum { BLUR, RESIZE, NOISE, JPEG };
+  double kind;
+  double a, b, c, d;  // BLUR: side, first of `filters`; RESIZE: method, then height and width, or (not 0) a ratio; NOISE: amount, gaussian, gray, stream; JPEG: factor
+};
+// Picture b, x_1 (B, 3, H, W) in [-1, 1], goes through the stages first[b] to first[b + 1] - 1, to out (B, 3, h, w).
+void damage(Shape, const int64_t* first, const Stage* stages, const float* filters, int64_t cells, const int16_t* steps, PerImage<int64_t> seeds,
+            int64_t h, int64_t w, const float* x_1, float* out);
 
 // f(T()) with the storage type that a view has.
 template <class F> void by_type(DType dtype, F f) {

@@ -459,68 +459,33 @@ template <class T> static const T* values(const Tensor& x, const char* name, Sca
   for (size_t i = 0; fits && i < size.size(); i++) fits = x.size(i) == size[i];
   std::ostringstream wanted;
   for (size_t i = 0; i < size.size(); i++) wanted << (i ? ", " : "(") << size[i];
-  check(fits, name, " must be ", dtype == ScalarType::Float ? "float32" : dtype == ScalarType::Long ? "int64" : dtype == ScalarType::Bool ? "bool" : "int16",
+  check(fits, name, " must be ", dtype == ScalarType::Float ? "float32" : dtype == ScalarType::Double ? "float64" : dtype == ScalarType::Long ? "int64" : "int16",
         " on the CPU, of the shape ", wanted.str(), "), not ", shape_of(x), ".");
   kept = torch::stable::contiguous(x);
   return static_cast<const T*>(kept.data_ptr());
 }
 
-static const int64_t* picture_sizes(const Tensor& sizes, Shape s, Tensor& kept) {
-  const int64_t* p = values<int64_t>(sizes, "sizes", ScalarType::Long, {s.B, 2}, kept);
-  for (int64_t b = 0; b < s.B; b++)
-    check(p[2 * b] >= 1 && p[2 * b] <= s.H && p[2 * b + 1] >= 1 && p[2 * b + 1] <= s.W, "picture ", b, " of ", p[2 * b], " x ", p[2 * b + 1],
-          " does not lie in its canvas of ", s.H, " x ", s.W, ".");
-  return p;
-}
-
-static Tensor filter2d_(const Tensor& x, const Tensor& sizes, const Tensor& filters) {
-  Shape s = shape(x, "x");
-  int64_t k = filters.dim() == 3 ? filters.size(2) : 0;
-  check(k % 2 == 1, "filters must be of (B, k, k) with k odd, not ", shape_of(filters), ".");
-  Tensor kept[3], y = new_vector(x, {s.B, s.C, s.H, s.W}, ScalarType::Float);
-  const float *in = values<float>(x, "x", ScalarType::Float, {s.B, s.C, s.H, s.W}, kept[0]), *f = values<float>(filters, "filters", ScalarType::Float, {s.B, k, k}, kept[1]);
-  if (!empty(s)) filter2d(s, picture_sizes(sizes, s, kept[2]), k, f, in, static_cast<float*>(y.data_ptr()));
-  return y;
-}
-
-static Taps taps(const Tensor& index, const Tensor& weight, const char* name, int64_t B, int64_t limit, Tensor* kept) {
-  check(index.dim() == 3, name, " must be of (B, length, taps), not ", shape_of(index), ".");
-  std::vector<int64_t> size{B, index.size(1), index.size(2)};
-  Taps t{size[1], size[2], values<int64_t>(index, name, ScalarType::Long, size, kept[0]), values<float>(weight, "weights", ScalarType::Float, size, kept[1])};
-  for (int64_t i = 0; i < B * t.length * t.taps; i++) check(t.index[i] >= 0 && t.index[i] < limit, name, " must lie in the picture, not at ", t.index[i], " of ", limit, ".");
-  return t;
-}
-
-static Tensor resample_(const Tensor& x, const Tensor& rows, const Tensor& row_weights, const Tensor& cols, const Tensor& col_weights) {
-  Shape s = shape(x, "x");
-  Tensor kept[5];
-  Taps r = taps(rows, row_weights, "rows", s.B, s.H, kept), c = taps(cols, col_weights, "cols", s.B, s.W, kept + 2);
-  const float* in = values<float>(x, "x", ScalarType::Float, {s.B, s.C, s.H, s.W}, kept[4]);
-  Tensor y = new_vector(x, {s.B, s.C, r.length, c.length}, ScalarType::Float);
-  if (!empty(s)) resample(s, r, c, in, static_cast<float*>(y.data_ptr()));
-  return y;
-}
-
-static Tensor photon_noise_(const Tensor& x, const Tensor& sizes, const Tensor& amount, const Tensor& gaussian, const Tensor& gray, const Tensor& quantiles,
-                            const Tensor& seeds, int64_t stream) {
-  Shape s = shape(x, "x");
-  check(s.C == 3, "x must have 3 channels, not ", s.C, ".");
-  Tensor kept[6], y = new_vector(x, {s.B, s.C, s.H, s.W}, ScalarType::Float);
-  int64_t bins = quantiles.dim() == 3 ? quantiles.size(2) : 0;
-  const float *in = values<float>(x, "x", ScalarType::Float, {s.B, s.C, s.H, s.W}, kept[0]), *a = values<float>(amount, "amount", ScalarType::Float, {s.B}, kept[1]);
-  const bool *g = values<bool>(gaussian, "gaussian", ScalarType::Bool, {s.B}, kept[2]), *c = values<bool>(gray, "gray", ScalarType::Bool, {s.B}, kept[3]);
-  const int16_t* q = values<int16_t>(quantiles, "quantiles", ScalarType::Short, {9, 256, bins}, kept[4]);
+static Tensor damage_(const Tensor& x_1, const Tensor& seeds, const Tensor& first, const Tensor& stages, const Tensor& filters, const Tensor& steps, int64_t h, int64_t w) {
+  Shape s = shape(x_1, "x_1");
+  check(s.C == 3, "x_1 must have 3 channels, not ", s.C, ".");
+  int64_t count = stages.dim() == 2 ? stages.size(0) : 0, taps = filters.dim() == 1 ? filters.size(0) : 0, cells = steps.dim() == 3 ? steps.size(2) : 0;
+  Tensor kept[5], y = new_vector(x_1, {s.B, 3, h, w}, ScalarType::Float);
+  const float *in = values<float>(x_1, "x_1", ScalarType::Float, {s.B, 3, s.H, s.W}, kept[0]), *f = values<float>(filters, "filters", ScalarType::Float, {taps}, kept[1]);
+  const int64_t* begin = values<int64_t>(first, "first", ScalarType::Long, {s.B + 1}, kept[2]);
+  const int16_t* q = values<int16_t>(steps, "steps", ScalarType::Short, {9, 256, cells}, kept[3]);
+  const Stage* stage = reinterpret_cast<const Stage*>(values<double>(stages, "stages", ScalarType::Double, {count, 5}, kept[4]));
+  for (int64_t b = 0; b <= s.B; b++) check(begin[b] >= (b ? begin[b - 1] : 0) && begin[b] <= count, "first must rise from 0 to the number of stages, ", count, ".");
+  for (const Stage* d = stage; d < stage + count; d++) {
+    int kind = int(d->kind);
+    if (kind == Stage::BLUR)
+      check(d->a >= 3 && int64_t(d->a) % 2 == 1 && d->b >= 0 && d->b + d->a * d->a <= taps, "a filter must be of k x k with k odd, 3 at least, and lie in the ", taps, " of filters.");
+    else if (kind == Stage::RESIZE)
+      check(d->a >= 0 && d->a <= int(Method::antialiased) && (d->d > 0 || (d->b >= 1 && d->c >= 1)), "a resizing must name a method, 0 to 3, and a size or a ratio.");
+    else
+      check(kind == Stage::NOISE || kind == Stage::JPEG, "a stage must be of the kind 0 to 3, not ", kind, ".");
+  }
   PerImage<int64_t> seed = per_image<int64_t>(seeds, "seeds", y);
-  if (!empty(s)) photon_noise(s, picture_sizes(sizes, s, kept[5]), a, g, c, bins, q, seed, uint32_t(stream), in, static_cast<float*>(y.data_ptr()));
-  return y;
-}
-
-static Tensor jpeg_(const Tensor& x, const Tensor& sizes, const Tensor& factors) {
-  Shape s = shape(x, "x");
-  check(s.C == 3, "x must have 3 channels, not ", s.C, ".");
-  Tensor kept[3], y = new_vector(x, {s.B, s.C, s.H, s.W}, ScalarType::Float);
-  const float *in = values<float>(x, "x", ScalarType::Float, {s.B, s.C, s.H, s.W}, kept[0]), *f = values<float>(factors, "factors", ScalarType::Float, {s.B}, kept[1]);
-  if (!empty(s)) jpeg(s, picture_sizes(sizes, s, kept[2]), f, in, static_cast<float*>(y.data_ptr()));
+  if (!empty(s)) damage(s, begin, stage, f, cells, q, seed, h, w, in, static_cast<float*>(y.data_ptr()));
   return y;
 }
 
@@ -560,10 +525,7 @@ STABLE_TORCH_LIBRARY(oftsr, m) {
   m.def("conv3x3_bf16(Tensor x, Tensor U, Tensor bias, bool doubled) -> Tensor");
   m.def("conv3x3_weight_gradient(Tensor x, Tensor dy) -> Tensor");
   m.def("to_uint8(Tensor x) -> Tensor");
-  m.def("filter2d(Tensor x, Tensor sizes, Tensor filters) -> Tensor");
-  m.def("resample(Tensor x, Tensor rows, Tensor row_weights, Tensor cols, Tensor col_weights) -> Tensor");
-  m.def("photon_noise(Tensor x, Tensor sizes, Tensor amount, Tensor gaussian, Tensor gray, Tensor quantiles, Tensor seeds, int stream) -> Tensor");
-  m.def("jpeg(Tensor x, Tensor sizes, Tensor factors) -> Tensor");
+  m.def("damage(Tensor x_1, Tensor seeds, Tensor first, Tensor stages, Tensor filters, Tensor steps, int h, int w) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
@@ -584,10 +546,7 @@ STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
   m.impl("conv3x3_bf16", TORCH_BOX(&conv3x3_bf16_));
   m.impl("conv3x3_weight_gradient", TORCH_BOX(&conv3x3_weight_gradient_));
   m.impl("to_uint8", TORCH_BOX(&to_uint8_));
-  m.impl("filter2d", TORCH_BOX(&filter2d_));
-  m.impl("resample", TORCH_BOX(&resample_));
-  m.impl("photon_noise", TORCH_BOX(&photon_noise_));
-  m.impl("jpeg", TORCH_BOX(&jpeg_));
+  m.impl("damage", TORCH_BOX(&damage_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeImplicitAutograd, m) { m.impl("multiplies_in_bf16", TORCH_BOX(&multiplies_in_bf16)); }
