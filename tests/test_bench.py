@@ -143,7 +143,7 @@ def test_the_page(monkeypatch, tmp_path, capsys):
     """Real parts on a CPU, and one that fails, which does not end the others."""
     monkeypatch.chdir(tmp_path)
     real = gpu_report.parts
-    failing = ("a part that fails", [sys.executable, "-c", "print('so far'); raise SystemExit('and no further')"], 60)
+    failing = ("a part that fails", [sys.executable, "-c", "print('so far', flush=True); raise SystemExit('and no further')"], 60)
     hanging = ("a part that hangs", [sys.executable, "-c", "import time; time.sleep(60)"], 1)
     monkeypatch.setattr(gpu_report, "parts", lambda *how: [*(part for part in real(*how) if part[0] in ("tests of the kernels", "training")), failing, hanging])
     with pytest.raises(SystemExit) as left:
