@@ -677,7 +677,7 @@ def stamp(path):
     """What every save of a file changes: its number, size and time; None if there is none."""
     try:
         found = os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_ino, found.st_size, found.st_mtime_ns
 
