@@ -48,9 +48,7 @@ def to_srgb(pixels, space, profile, notes):
         kind = None
     if kind is None and space == "cmyk":
         notes.append("CMYK without a usable profile: its colours are a guess")
-        largest = np.iinfo(colour.dtype).max
-        rest = largest - colour.astype(np.float32)
-        colour = np.rint(rest[..., :3] * rest[..., 3:] / largest).astype(colour.dtype)
+        colour = in_bands(_guess_rgb, colour, colour.dtype)
     return np.concatenate([colour, alpha], axis=-1) if alpha.shape[2] else colour
 
 
@@ -64,11 +62,22 @@ def _through_profile(colour, space, kind, profile):
         return to_depth(values.astype(np.uint16), colour.dtype)[0][colour]
     if space == "rgb" and _is_srgb(profile):
         return colour
-    out = np.empty((*colour.shape[:2], 3), colour.dtype)
-    rows = max(1, BAND // colour.shape[1])
-    for y in range(0, len(colour), rows):
-        out[y : y + rows] = _transform(colour[y : y + rows], space, profile)
+    return in_bands(lambda rows: _transform(rows, space, profile), colour, colour.dtype)
+
+
+def in_bands(convert, pixels, dtype):
+    """(H, W, C) as (H, W, 3) of dtype by convert, which takes some rows and gives (n, W, 3), or (n, W, 1), which counts three times: of what it needs beside them, a band's."""
+    out = np.empty((*pixels.shape[:2], 3), dtype)
+    rows = max(1, BAND // pixels.shape[1])
+    for y in range(0, len(pixels), rows):
+        out[y : y + rows] = convert(pixels[y : y + rows])
     return out
+
+
+def _guess_rgb(cmyk):
+    largest = np.iinfo(cmyk.dtype).max
+    rest = largest - cmyk.astype(np.float32)
+    return np.rint(rest[..., :3] * rest[..., 3:] / largest).astype(cmyk.dtype)
 
 
 def _transform(colour, space, profile):
@@ -228,4 +237,6 @@ def as_rgb(pixels):
 
 def rgb8(pixels):
     """(H, W, C) uint8 or uint16 as RGB, uint8 (H, W, 3): rounded to 8 bits, transparency laid on white."""
-    return as_rgb(on_white(to_depth(pixels, np.uint8)))
+    if pixels.dtype == np.uint8 and pixels.shape[2] == 3:
+        return pixels
+    return in_bands(lambda rows: on_white(to_depth(rows, np.uint8)), pixels, np.uint8)

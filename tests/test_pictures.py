@@ -14,6 +14,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
+import colour
 import pictures
 import writers
 from colour import as_rgb, from_planes, on_white, resized, smooth_stairs, split_alpha, srgb_profile, to_depth, to_planes
@@ -539,6 +540,23 @@ def test_bombs_are_refused_and_large_photographs_are_not(tmp_path):
     with pytest.raises(InputError, match="20000 x 10000 .* --max_pixels"):
         read_picture(tmp_path / "large.png", max_pixels=1e8)
     assert Image.MAX_IMAGE_PIXELS  # whoever imports this keeps Pillow's own guard
+
+
+@pytest.mark.parametrize("channels, dtype, guess", [(1, np.uint8, False), (2, np.uint8, False), (4, np.uint8, False), (3, np.uint16, False), (4, np.uint16, False), (4, np.uint8, True)])
+def test_a_large_picture_becomes_rgb_in_the_memory_of_its_rgb(channels, dtype, guess, monkeypatch):
+    """A PNG of 20 kB may be 13300 x 13300 with alpha: laid on white at once it took 5 GB."""
+    monkeypatch.setattr(colour, "BAND", 10_000)
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (800, 900, channels), dtype, endpoint=True)
+    convert = (lambda x: colour.to_srgb(x, "cmyk", None, [])) if guess else colour.rgb8
+    tracemalloc.start()
+    try:
+        rgb = convert(pixels)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * rgb.nbytes
+    monkeypatch.setattr(colour, "BAND", 10**9)
+    assert rgb.shape == (800, 900, 3) and rgb.dtype == np.uint8 and np.array_equal(rgb, convert(pixels))
 
 
 def test_two_programs_that_write_one_path_and_one_that_is_killed(tmp_path):
