@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -367,12 +368,25 @@ def build(folder):
     return page
 
 
+def check_port(port):
+    """Raises InputError if another program listens there, or this one may not."""
+    with socket.socket() as s:
+        if sys.platform != "win32":  # where it would take a port from others; elsewhere it allows one that was closed a moment ago
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError as e:
+            raise InputError(f"--port {port}: {e.strerror or e}; without --port the first free one from 7860 on is taken") from None
+
+
 def main(argv=None):
     p = Parser(description=__doc__, usage="%(prog)s [flags]")
     p.add_argument("--port", type=in_range(int, 0, 65535), help="of the page (default: the first free one from 7860 on)")
     p.add_argument("--ckpt", nargs="+", default=[], metavar="FILE", help="students and flows of yours, of any family, to choose beside the shipped ones")
     p.add_argument("--no_browser", action="store_true", help="open no browser: the page's address is printed")
     args = p.parse_args(argv)
+    if args.port:
+        check_port(args.port)
     if importlib.util.find_spec("gradio") is None:
         raise InputError("the page needs gradio: pip install -e '.[demo]'")
     folder = Path(tempfile.mkdtemp(prefix="oftsr-"))

@@ -247,3 +247,14 @@ def test_networks_of_ones_own(weights, tmp_path, monkeypatch):
         with pytest.raises(InputError, match=words):
             demo.add_networks([wrong])
     assert list(demo.NETWORKS) == [*files, *shipped]
+
+
+def test_a_port_in_use_is_said_before_any_work(monkeypatch):
+    monkeypatch.setattr(demo, "load", lambda *args: pytest.fail("work"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port {port}: .*the first free one"):
+            demo.main(["--no_browser", "--port", str(port)])
+    demo.check_port(port)  # free again
