@@ -42,7 +42,7 @@ from degradations import H_T, H, observe, to_float
 from folders import check_memory, note
 from kernels import to_uint8
 from metrics import ALONE, BACKBONES, FEW, FID_MODES, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
-from model import UNet, keep_freed_memory, load_model, pick_device, pick_dtype
+from model import UNet, join_processes, keep_freed_memory, load_model, pick_device, pick_dtype
 from niqe import check_blocks
 from partners import HIGH, LOW, find_partners
 from pairs import by_stem, check_pairs, clear, find_alone, find_pairs, find_truth, load_truth, stream_of, write_pairs
@@ -614,7 +614,7 @@ def main(argv=None):
     if rank == 0:
         print(f"{heading}\n{table_line(None, width, bench.metrics.names())}", flush=True)
     if world > 1:
-        dist.init_process_group("gloo")
+        join_processes()
         dist.barrier()  # the folder is clear
     for stem in () if args.no_truth else sorted(sources)[rank::world]:
         write_picture(bench.truth[stem], load_truth(sources[stem], bench.task, bench.low and bench.low[stem]))

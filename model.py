@@ -19,6 +19,7 @@ import os
 import sys
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -395,6 +396,14 @@ def pick_device(name="auto"):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def join_processes(**how):
+    """Join the other processes that torchrun started, to speak with them on the CPU; how: init_process_group's. Raises InputError where they do not meet: a port in use, no answer."""
+    try:
+        dist.init_process_group("gloo", **how)
+    except (RuntimeError, ValueError) as e:
+        raise InputError(f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot join the others: {str(e).splitlines()[0]}") from None
 
 
 def pick_dtype(name, device):

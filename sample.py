@@ -548,7 +548,8 @@ def main(argv=None):
     jobs, more, told = plan(found, ts, task.scale, args)
     skipped += more
     if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        from model import join_processes
+        join_processes(timeout=timedelta(days=7))
         shared = [jobs]
         dist.broadcast_object_list(shared)
         jobs = shared[0]

@@ -24,7 +24,7 @@ from console import InputError
 from degradations import degrade, to_float
 from kernels import to_uint8
 from metrics import psnr_rgb
-from model import Stage, load_model, network_of, save_release
+from model import Stage, join_processes, load_model, network_of, save_release
 from teachers import read_state
 from test_model import tiny
 from test_train import ROOT, SMALL, gradient, log_of, photos, run, same, signals, teacher, torchrun  # noqa: F401, fixtures
@@ -549,4 +549,6 @@ def test_a_port_in_use_is_one_line(photos, tmp_path, monkeypatch):  # noqa: F811
             monkeypatch.setenv(name, str(value))
         with pytest.raises(InputError, match="process 0 of 2 cannot join the others: .*(in use|EADDRINUSE)") as e:
             run(train_flow, photos, tmp_path)
-    assert "\n" not in str(e.value)
+        assert "\n" not in str(e.value)
+        with pytest.raises(InputError, match="process 0 of 2 cannot join the others: .*(in use|EADDRINUSE)"):
+            join_processes()  # as sample.py and evaluate.py do
