@@ -18,7 +18,7 @@ import torch.nn as nn
 import kernels
 from checkpoints import load_checkpoint, load_tensors
 from console import InputError, in_range
-from model import FAMILIES, build, find_family
+from model import FAMILIES, FLOATS, build, find_family
 
 LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 would be 0 / 0
 BUFFERS = ("relative_position_index", "attn_mask")  # of published files, computed here
@@ -245,7 +245,7 @@ def read_state(path):
         for key in ("state_dict", "params_ema", "params"):
             state = state.get(key, state) if isinstance(state.get(key), dict) else state
     # what DistributedDataParallel and torch.compile put before a name
-    state = {name.replace("module.", "").replace("_orig_mod.", ""): value for name, value in state.items()}
+    state = {str(name).replace("module.", "").replace("_orig_mod.", ""): value for name, value in state.items()}
     if not state or not all(torch.is_tensor(value) for value in state.values()):
         raise InputError(f"{path} is not a file of weights: it should hold tensors by name")
     return state
@@ -253,14 +253,14 @@ def read_state(path):
 
 def fill(module, state, path, what, assign=False):
     """Load tensors into module, strictly but for BUFFERS, in float32; assign: those of state themselves, as they are. Raises InputError, one line that says how many do not fit."""
-    state = {name: value if assign else value.float() for name, value in state.items() if not name.endswith(BUFFERS)}
+    state = {name: value for name, value in state.items() if not name.endswith(BUFFERS)}
     own = module.state_dict()
-    wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
+    wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape or state[n].dtype not in FLOATS]
     if wrong or len(state) != len(own):
         first = f", the first {wrong[0]}" if wrong else ""
         raise InputError(f"{path} does not hold {what}: {len(wrong)} of its {len(own)} tensors are missing or of another shape{first}; "
                          f"{len(set(state) - set(own))} others are not its own")
     if bad := [n for n, v in state.items() if not v.isfinite().all()]:
         raise InputError(f"{path} is broken: {bad[0]} holds values that are not finite")
-    module.load_state_dict(state, assign=assign)
+    module.load_state_dict(state if assign else {name: value.float() for name, value in state.items()}, assign=assign)
     return module

@@ -302,7 +302,7 @@ def open_checkpoint(out_dir):
     try:
         return load_checkpoint(path), False
     except InputError as e:
-        if not one_before(path).is_file():
+        if not one_before(path).is_file() or isinstance(e.__cause__, PermissionError):  # somebody else's file is not broken
             raise
         checkpoint = load_checkpoint(one_before(path))
         if os.environ.get("RANK", "0") == "0":

@@ -2,9 +2,11 @@ import faulthandler
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import uuid
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,6 +56,29 @@ def weights(tmp_path_factory):
     for stage in ("distill", "flow"):
         save_release(folder / f"{stage}.safetensors", tiny(one_step=stage == "distill"), dict(stage=stage, step=1, task=task))
     return folder
+
+
+@pytest.fixture
+def user():
+    """(a folder, a context within which this process may do no more than the folder's owner, who is not root): for root nothing is shut."""
+    if not hasattr(os, "seteuid"):
+        pytest.skip("no such users here")
+    root = os.geteuid() == 0
+
+    @contextmanager
+    def rights():
+        try:
+            if root:
+                os.seteuid(65534)
+            yield
+        finally:
+            if root:
+                os.seteuid(0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        if root:
+            os.chown(folder, 65534, 65534)
+        yield Path(folder), rights
 
 
 @pytest.fixture
