@@ -1,3 +1,4 @@
+import faulthandler
 import os
 import signal
 import sys
@@ -14,6 +15,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the flat modules: an in
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # What a shell starts in the background ignores Ctrl-C, and so do its children: here they get it back, as tests send it to them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_unconfigure():
+    """An exit that hangs after the tests is a failure, which says where, and not a run without end."""
+    faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)
 
 
 @pytest.fixture(scope="session")
