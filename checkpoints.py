@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -85,6 +86,20 @@ def check_parts(held, path):
         return 1
 
     size(held, 0)
+
+
+def open_checkpoint(out_dir):
+    """A training's newest checkpoint that is whole, ckpt.pt or the one before it, and whether it is that: (dict, bool). Raises InputError if there is none."""
+    path = Path(out_dir) / "ckpt.pt"
+    try:
+        return load_checkpoint(path), False
+    except InputError as e:
+        if not one_before(path).is_file() or isinstance(e.__cause__, PermissionError):  # somebody else's file is not broken
+            raise
+        checkpoint = load_checkpoint(one_before(path))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{e}: going on from the one before it, {one_before(path).name}", file=sys.stderr)
+        return checkpoint, True
 
 
 def check_zip(path):

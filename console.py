@@ -37,6 +37,11 @@ def in_range(kind, low, high=None):
     return parse
 
 
+def absent(args, path):
+    """Whether a dry run does without that file or folder, which is not there (path may be None)."""
+    return getattr(args, "dry_run", False) and not (path and Path(path).exists())
+
+
 def speak_anywhere():
     """Have the console show what it cannot write, a name in another alphabet say, as \\u escapes instead of failing on it."""
     for stream in (sys.stdout, sys.stderr):

@@ -7,7 +7,9 @@ float in [-1, 1]. Nothing here depends on how many processes train: picture numb
 run is the same picture, crop and flip on one GPU and on eight.
 """
 import argparse
+import atexit
 import itertools
+import multiprocessing.util
 import signal
 import sys
 from dataclasses import dataclass, fields, replace
@@ -304,6 +306,16 @@ def ignore_signals(worker):
     """A process that loads ignores the signals that are sent to all of a training's processes: it ends with the one it loads for."""
     for s in STOPPING:
         signal.signal(s, signal.SIG_IGN)
+
+
+@atexit.register
+def end_loaders():
+    """At exit, ends the processes that still load. multiprocessing, which comes after this, would ask them by SIGTERM, which they ignore, and then wait for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def validation_pictures(paths, task, count):

@@ -99,6 +99,16 @@ def test_an_ignored_signal_stays_ignored():
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL
 
 
+def test_a_program_that_ends_while_others_load_for_it_ends(photos):  # noqa: F811
+    """They ignore SIGTERM, by which multiprocessing ends what is left at exit, to wait for it then."""
+    code = ("import sys, data\nfrom pathlib import Path\n"
+            "loader = data.training_batches(sorted(Path(sys.argv[1]).glob('*')), data.replace(data.TASKS['photos'], image_size=16), 0, 1, 0, 0, 1, 2)\n"
+            "print([*next(loader)[0].shape], [process.pid for process in data.multiprocessing.active_children()])")
+    done = subprocess.run([sys.executable, "-c", code, photos], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("[1, 3, 16, 16] [") and "Error" not in done.stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in json.loads(done.stdout.split("] ", 1)[1]))
+
+
 # --- one command that starts and goes on ---
 
 

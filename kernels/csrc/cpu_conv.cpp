@@ -2,7 +2,8 @@
 // of 4x4 outputs takes 36 multiplications per pair of channels, not 144,
 //   Y = A^T [ (G g G^T) * (B^T d B) ] A    of the kernel g (3x3) and the input d (6x6) around the tile,
 // and as the bracket is summed over the input's channels, each of its 36 positions is one matrix product over many tiles.
-// A block of tiles goes through all three steps in a core's cache. Memory is channels_last: vectors run along channels.
+// A block of tiles goes through all three steps in a core's cache. Memory is channels_last: vectors run along channels. What is read
+// jumps too often for the processor to guess what comes next, so each step asks for it ahead (__builtin_prefetch).
 // The gradient of g goes the same way backwards: G^T [ sum over tiles of (A dY A^T) * (B^T d B) ] G.
 // In bf16, which is for inference alone, what lies in memory has 16 bits, U = G g G^T and V = B^T d B too: the products take half
 // the time (AVX-512's instruction for pairs of channels). Transforms and sums are in float32.
@@ -166,18 +167,23 @@ template <class T> struct Window {
 template <bool INSIDE, class T> static void transform_input(const Window<T>& w, int64_t C, T* V, int64_t stride, int64_t panel) {
   for (int64_t c = 0; c < C; c += LANES) {
     T* out = V + c / COLUMNS * panel + c % COLUMNS;
-    both_ways<6, 6, input_points<T>>([&](int i, int j) { return INSIDE || (w.row[i] && w.column[j] >= 0) ? get(w.row[i] + w.column[j] + c) : Vector{}; },
-                                     [&](int i, int j, Vector v) { put(out + (i * 6 + j) * stride, v); });
+    both_ways<6, 6, input_points<T>>([&](int i, int j) {
+      if (!INSIDE && (!w.row[i] || w.column[j] < 0)) return Vector{};
+      const T* in = w.row[i] + w.column[j] + c;
+      __builtin_prefetch(in + 4 * C);  // of the next tile
+      return get(in);
+    }, [&](int i, int j, Vector v) { put(out + (i * 6 + j) * stride, v); });
   }
 }
 
-// M (R, COLUMNS) = V (R, C) U (C, COLUMNS).
-template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, int64_t C) {
-  constexpr int EACH = sizeof(float) / sizeof(T);  // channels in a lane
-  const float *v_words = reinterpret_cast<const float*>(V), *u_words = reinterpret_cast<const float*>(U);
+// M (R, COLUMNS) = V (R, C) U (C, COLUMNS). As many values as U has come to the cache from `ahead`.
+template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, int64_t C, const T* ahead) {
+  constexpr int EACH = sizeof(float) / sizeof(T), LINE = 16;  // channels in a lane; lanes in a line of the cache
+  const float *v_words = reinterpret_cast<const float*>(V), *u_words = reinterpret_cast<const float*>(U), *ahead_words = reinterpret_cast<const float*>(ahead);
   Vector sum[R][2] = {};
   for (int64_t c = 0; c < C / EACH; c++) {
     Vector u0 = get(u_words + c * COLUMNS), u1 = get(u_words + c * COLUMNS + LANES);
+    for (int i = 0; i < COLUMNS; i += LINE) __builtin_prefetch(ahead_words + c * COLUMNS + i);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
       Vector v = repeat(v_words[r * C / EACH + c]);
@@ -197,7 +203,10 @@ template <class T> static void transform_output(const float* M, int64_t stride, 
   for (int64_t o = 0; o < COLUMNS; o += LANES) {
     Vector b = get(bias + o);
     both_ways<6, 4, output_values<T>>([&](int i, int j) { return get(M + (i * 6 + j) * stride + o); }, [&](int i, int j, Vector v) {
-      if (i < rows && j < columns) put(y + (i * W + j) * O + o, v + b);
+      if (i >= rows || j >= columns) return;
+      T* out = y + (i * W + j) * O + o;
+      put(out, v + b);
+      __builtin_prefetch(out + 4 * O, 1);  // of the next tile, to be written
     });
   }
 }
@@ -242,11 +251,11 @@ template <class T> static void winograd(Shape s, int64_t O, const T* x, const T*
       });
       for (int64_t o = 0; o < O; o += COLUMNS) {
         for (int64_t k = 0; k < 36; k++) {
-          const T *v = V + k * v_step, *u = U + k * C * O + o * C;
+          const T *v = V + k * v_step, *u = U + k * C * O + o * C, *next_v = V + (k + 1) % 36 * v_step, *next_u = U + (k + 1) % 36 * C * O + o * C;
           float* m = M + k * m_step;
           int64_t t = 0;
-          for (; t + ROWS <= n; t += ROWS) multiply<ROWS>(v + t * C, u, m + t * COLUMNS, C);
-          for (; t < n; t++) multiply<1>(v + t * C, u, m + t * COLUMNS, C);
+          for (; t + ROWS <= n; t += ROWS) multiply<ROWS>(v + t * C, u, m + t * COLUMNS, C, t ? next_v + (t - ROWS) / ROWS * COLUMNS * C : next_u);
+          for (; t < n; t++) multiply<1>(v + t * C, u, m + t * COLUMNS, C, next_v);
         }
         for (int64_t t = 0; t < n; t++) tiles.at(first + t, [&](int64_t b, int64_t top, int64_t left, int64_t rows, int64_t columns) {
           transform_output(M + t * COLUMNS, m_step, bias + o, y + ((b * s.H + top) * s.W + left) * O + o, rows, columns, s.W, O);
