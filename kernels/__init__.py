@@ -1,4 +1,4 @@
-"""The fused kernels: the per-element mathematics of the flow, and the norm-activation and (on a CPU) 3x3 convolution of the network.
+"""The fused kernels: the per-element mathematics of the flow, and the norm-activation and (on a CPU) the convolutions of the network.
 
 Each public function has a PyTorch reference of the same name and signature in reference.py, which is the definition
 of right, and a fused implementation in csrc/, in C++ and CUDA. OFTSR_KERNELS chooses, once, at first use:
