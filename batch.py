@@ -6,18 +6,16 @@
 What is wrong with one picture concerns that picture alone: it is skipped, or its result renamed, and the reason said.
 No torch.
 """
-import functools
 import glob
 import hashlib
 import itertools
 import os
 import re
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from console import InputError
+from console import InputError, check_folder
 from pictures import EXTENSIONS, check_fits, picture_format, probe, read_note, scan
 
 STRIP = "strip"  # beside the ts: the input and all results side by side
@@ -44,6 +42,11 @@ def find_inputs(names, recursive):
     found, skipped, seen = [], [], set()
     for name in names:
         path = Path(name)
+        try:
+            path.is_dir()
+        except PermissionError as e:  # the folder that it lies in is shut
+            skipped.append(f"{path}: {e.strerror}")
+            continue
         if path.is_dir():
             inside, problems = scan(path, recursive)
             skipped += [f"{p}: {why}" for p, why in problems]
@@ -204,16 +207,6 @@ def to_write(path, outs, size, args):
         if not args.skip_existing:
             todo[t] = out
     return todo
-
-
-@functools.lru_cache(maxsize=None)
-def check_folder(folder):
-    """Raises InputError if nothing can be written in a folder, or in the one above it that is there."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as e:
-        raise InputError(f"cannot write to {folder}: {e.strerror}") from None
 
 
 def _key(path):

@@ -24,6 +24,7 @@ import copy
 import math
 import os
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -49,7 +50,7 @@ import model
 import sample
 import shards
 import training
-from console import in_range
+from console import InputError, in_range
 from degradations import degrade, draw, real, to_float, uniforms
 from distill import distillation_losses
 from export import reference_kernels
@@ -782,4 +783,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, OSError) as e:
+        sys.exit(f"bench.py: {e}")

@@ -7,9 +7,11 @@ Nothing here knows what the tensors mean. Whatever a file holds, reading it cost
 nothing out of it (weights_only=True), and ends in its contents or in one line that names the file.
 """
 import hashlib
+import itertools
 import json
 import os
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -46,19 +48,58 @@ def copy_file(path, to):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote, or torch.save of another program, on the CPU. Raises InputError if there is no such file, it is broken, or is no dict."""
+    """What save_checkpoint wrote, or torch.save of another program, on the CPU. Raises InputError if there is no such file, it cannot be read, is broken, or is no dict."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no checkpoint at {path}")
     try:
         check_zip(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}") from e
     except Exception as e:  # the unpickler raises whatever the bytes lead it to
         why = str(e) if isinstance(e, zipfile.BadZipFile) else "it would run code" if "eights only" in str(e) else type(e).__name__
         raise InputError(f"{path} is broken or not a checkpoint ({why})") from e
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} is not a checkpoint (it holds a {type(checkpoint).__name__})")
+    check_parts(checkpoint, path)
     return checkpoint
+
+
+def check_parts(held, path):
+    """Raises InputError if what a pickle holds is more than its file: tensors that say they are larger than their numbers, or have none; lists of the same list over and over."""
+    sizes, most = {}, path.stat().st_size + 10**6
+
+    def size(part, depth):
+        if torch.is_tensor(part):
+            if part.layout != torch.strided or part.device.type != "cpu" or part.numel() * part.element_size() > part.untyped_storage().nbytes():
+                raise InputError(f"{path} is broken: it holds a tensor {tuple(part.shape)} whose numbers are not in it, one by one")
+        elif isinstance(part, (dict, list, tuple, set, frozenset)):
+            if id(part) not in sizes:
+                if depth > 50:  # or without end, in a circle
+                    raise InputError(f"{path} is broken: its parts lie more than 50 deep in one another")
+                inner = itertools.chain(part, part.values()) if isinstance(part, dict) else part
+                sizes[id(part)] = 1 + sum(size(p, depth + 1) for p in inner)
+                if sizes[id(part)] > most:
+                    raise InputError(f"{path} is broken: it holds more than its bytes can say")
+            return sizes[id(part)]
+        return 1
+
+    size(held, 0)
+
+
+def open_checkpoint(out_dir):
+    """A training's newest checkpoint that is whole, ckpt.pt or the one before it, and whether it is that: (dict, bool). Raises InputError if there is none."""
+    path = Path(out_dir) / "ckpt.pt"
+    try:
+        return load_checkpoint(path), False
+    except InputError as e:
+        if not one_before(path).is_file() or isinstance(e.__cause__, PermissionError):  # somebody else's file is not broken
+            raise
+        checkpoint = load_checkpoint(one_before(path))
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{e}: going on from the one before it, {one_before(path).name}", file=sys.stderr)
+        return checkpoint, True
 
 
 def check_zip(path):
@@ -84,12 +125,21 @@ def save_tensors(path, tensors, meta):
 
 
 def load_tensors(path):
-    """The dict (None if the file has none) and the tensors, {name: tensor}, of a .safetensors file. Raises InputError if there is none, or it is broken."""
+    """The dict (None if the file has none) and the tensors, {name: tensor}, of a .safetensors file. Raises InputError if there is none, it cannot be read, or is broken."""
     from safetensors import SafetensorError
     from safetensors.torch import load
     if not Path(path).is_file():
         raise InputError(f"no weights at {path}")
-    raw = Path(path).read_bytes()
+    try:
+        with open(path, "rb") as f:
+            if int.from_bytes(f.read(8), "little") > 10**8:  # safetensors' own bound, before so much is read
+                raise InputError(f"{path} is broken or not a .safetensors file (its header would be too large)")
+            f.seek(0)
+            raw = f.read()
+    except PermissionError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}") from e
+    except MemoryError as e:
+        raise InputError(f"{path} does not fit in memory: it is {Path(path).stat().st_size / 1e9:.0f} GB") from e
     try:
         tensors = load(raw)
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__") or {}

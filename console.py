@@ -10,6 +10,7 @@ import platform
 import re
 import struct
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,11 +37,33 @@ def in_range(kind, low, high=None):
     return parse
 
 
+def absent(args, path):
+    """Whether a dry run does without that file or folder, which is not there (path may be None)."""
+    return getattr(args, "dry_run", False) and not (path and Path(path).exists())
+
+
 def speak_anywhere():
     """Have the console show what it cannot write, a name in another alphabet say, as \\u escapes instead of failing on it."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+@functools.lru_cache(maxsize=None)
+def check_folder(folder):
+    """Raises InputError if nothing can be written in a folder, or in the one above it that is there."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as e:
+        raise InputError(f"cannot write to {folder}: {e.strerror}") from None
+
+
+def check_file(path):
+    """Raises InputError if no file can be written at `path`: it is a folder, or in its folder nothing can be. For before the work whose result it is to hold."""
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder: name a file to write")
+    check_folder(Path(path).parent)
 
 
 @contextmanager

@@ -8,6 +8,7 @@
 The checkpoints are --ckpt, or the shipped student and its flow; the pictures are those that evaluate.py would measure,
 their middles where they are larger than --side. Numbers are printed, and kept with --json.
 """
+import importlib.util
 import itertools
 import statistics
 import sys
@@ -20,7 +21,7 @@ from PIL import Image
 
 import data
 import figures
-from console import InputError, Parser, Progress, in_range
+from console import InputError, Parser, Progress, check_file, in_range
 from degradations import degrade, least_multiple, to_float
 from dial import blend
 from evaluate import SHIPPED, check_together, load_networks
@@ -214,6 +215,12 @@ def check(args, networks):
         raise InputError("diversity is between seeds: --seeds 2 or more")
     if args.plot and args.what == "diversity" and not args.plot.endswith(".png"):
         raise InputError(f"--plot {args.plot}: the grid of pictures is a .png")
+    if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
+        raise InputError(f"--plot {args.plot}: a plot is a .png, .pdf or .svg")
+    if args.plot and args.what != "diversity" and importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib: pip install matplotlib")
+    for file in filter(None, (args.json, args.plot)):
+        check_file(file)
 
 
 @torch.no_grad()

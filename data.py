@@ -7,7 +7,9 @@ float in [-1, 1]. Nothing here depends on how many processes train: picture numb
 run is the same picture, crop and flip on one GPU and on eight.
 """
 import argparse
+import atexit
 import itertools
+import multiprocessing.util
 import signal
 import sys
 from dataclasses import dataclass, fields, replace
@@ -107,12 +109,13 @@ def saved_task(cells, path):
     """The Task that the file at path says it was made for (a dict), checked: a number of another type or size is not believed. Raises InputError."""
     known = {f.name: f for f in fields(Task)}
     limits = dict(scale=(1, 64), sigma_n=(0, 10), strength=(-1, 1), sigma_p=(0, 1), image_size=(8, 65536), hflip=(0, 1), vflip=(0, 1))
+    words = dict(degradation=("bicubic", "avgpool", "real"), crop=("center", "random"), loss=("l1", "l2"))
     for name, value in cells.items():
         if name not in known:
             raise InputError(f"{path} was made for a task with {name!r}, which this version does not know")
         kind, (low, high) = known[name].type, limits.get(name, (-2**31, 2**31))
         right = type(value) in {str: (str,), bool: (bool,), int: (int,), float: (int, float)}[kind]
-        if not right or (kind in (int, float) and not low <= value <= high):
+        if not right or (kind in (int, float) and not low <= value <= high) or value not in words.get(name, (value,)):
             raise InputError(f"{path} was made for a task whose {name} is {value!r:.40}, which no task has")
     if "name" not in cells:
         raise InputError(f"{path} was made for a task without a name")
@@ -305,6 +308,16 @@ def ignore_signals(worker):
         signal.signal(s, signal.SIG_IGN)
 
 
+@atexit.register
+def end_loaders():
+    """At exit, ends the processes that still load. multiprocessing, which comes after this, would ask them by SIGTERM, which they ignore, and then wait for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def validation_pictures(paths, task, count):
     """The middles of `count` of the files, spread evenly: (N, 3, S, S) uint8.
 
@@ -312,26 +325,31 @@ def validation_pictures(paths, task, count):
     enlarged, they would flatter whatever blurs. One that is broken or too small is left out with a warning; InputError if
     none is left.
     """
-    pictures, size = {}, task.image_size
+    sides, size, middles = {}, task.image_size, []
     for p in spread(paths, count):
         try:
-            pictures[p] = read_image(p)
+            head = probe(p)
+            sides[p] = min(head.width, head.height)
         except InputError as e:
             note(f"skipped for validation: {e}")
-    if task.crop == "random":  # a multiple, as it has to be one of the scale and of the network's, too
-        sides = sorted(min(x.shape[:2]) for x in pictures.values())
-        most = sides[(len(sides) - 1) // 2] if sides else 0  # half of them have as much
+    if task.crop == "random" and sides:  # a multiple, as it has to be one of the scale and of the network's, too
+        most = sorted(sides.values())[(len(sides) - 1) // 2]  # half of them have as much
         size *= max(1, min(-(-256 // size), most // size))
-    middles = []
-    for p, x in pictures.items():
+    for p in sides:
         try:
-            check_side(p, *x.shape[:2], task, size)
-            middles.append(torch.from_numpy(np.array(center_crop(Image.fromarray(x), size)).transpose(2, 0, 1)))
+            middles.append(middle(p, task, size))
         except InputError as e:
             note(f"skipped for validation: {e}")
     if not middles:
         raise InputError("none of the validation pictures can be used")
     return torch.stack(middles)
+
+
+def middle(path, task, size):
+    """The middle of a picture file, (3, size, size) uint8, of which nothing else stays in memory. Raises InputError if it cannot be read or is smaller."""
+    x = read_image(path)
+    check_side(path, *x.shape[:2], task, size)
+    return torch.from_numpy(np.array(center_crop(Image.fromarray(x), size)).transpose(2, 0, 1))
 
 
 def image_seeds(seed, numbers):

@@ -14,10 +14,6 @@ The teacher is --teacher, or the newest stage-1 checkpoint of the task under out
 """
 import argparse
 import copy
-import functools
-import os
-import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -26,14 +22,12 @@ import data
 import kernels
 import teachers
 import training
-from checkpoints import file_sha256, load_checkpoint
-from console import InputError, in_range
+from checkpoints import file_sha256
+from console import in_range
 from flow import RK2_NODES, integrate, mean_slope, one_step
 from metrics import load_lpips
-from model import build, load_model, network_config
-from perceptual import Critic, add_perceptual_flags, critic_loss, perceptual_losses
-
-TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
+from model import build
+from perceptual import Critic, add_perceptual_flags, check_teacher, critic_loss, perceptual_losses
 
 
 def parse_args(argv):
@@ -95,7 +89,7 @@ def align_through(teacher, x_in, v_t, t):
 
 
 def losses_in_turn(student, teacher, x_in, t, s, solver="midpoint", align_grad=False):
-    """distillation_losses one by one: yields ("align", Eq. 10), ("bc", Eq. 11), ("distill", Eq. 9).
+    """distillation_losses one by one: yields Eq. (10), Eq. (11), Eq. (9).
 
     Each depends on one evaluation of the student alone. Whoever goes backward through each before asking for the next needs
     the memory of one, not of three.
@@ -107,9 +101,9 @@ def losses_in_turn(student, teacher, x_in, t, s, solver="midpoint", align_grad=F
         v_theta = teacher(x_t_in, t).float()
         target = kernels.distill_target(v_t, mean_slope(teacher, x_t_in, v_theta, t, s - t, solver).float(), t, s)
         v_bc = teacher(x_in, zero).float()
-    yield "align", align_through(teacher, x_in, v_t, t) if align_grad else ((1 - t.view(-1, 1, 1, 1)) * (v_t - v_theta)).square().mean()
-    yield "bc", (student(x_in, zero).float() - v_bc).square().mean()
-    yield "distill", (student(x_in, s).float() - target).square().mean()
+    yield align_through(teacher, x_in, v_t, t) if align_grad else ((1 - t.view(-1, 1, 1, 1)) * (v_t - v_theta)).square().mean()
+    yield (student(x_in, zero).float() - v_bc).square().mean()
+    yield (student(x_in, s).float() - target).square().mean()
 
 
 def backward_in_turn(student, teacher, x_in, t, s, args, exchange):
@@ -117,13 +111,13 @@ def backward_in_turn(student, teacher, x_in, t, s, args, exchange):
 
     exchange: whether this batch is the last before an update, so that the last pass exchanges gradients between processes.
     """
-    lambdas, losses = {"distill": 1, "align": args.lambda_align, "bc": args.lambda_bc}, {}
-    training.exchange_gradients(student, False)
-    for name, loss in losses_in_turn(student, teacher, x_in, t, s, args.solver, args.align_grad):
-        (lambdas[name] * loss / args.gradient_accumulation_steps).backward()
-        losses[name] = loss.detach()
-        training.exchange_gradients(student, exchange and name == "bc")  # "distill" comes next, and is the last
-    return torch.stack([losses[name] for name in lambdas])
+    turns, losses = losses_in_turn(student, teacher, x_in, t, s, args.solver, args.align_grad), []
+    for weight, last in ((args.lambda_align, False), (args.lambda_bc, False), (1, True)):
+        training.exchange_gradients(student, exchange and last)  # known before the student is evaluated
+        loss = next(turns)
+        (weight * loss / args.gradient_accumulation_steps).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).roll(1)
 
 
 def boot_error(v_t, v_s, v_step, t, s):
@@ -147,89 +141,15 @@ def make_times(t, args, t_last=1.0):
     return t.clamp(0, t_last), (t + args.dt).clamp(1e-3, 1)
 
 
-def newest(task_name, stage, optional=False):
-    """The newest checkpoint of that task under out/ of stage "flow", or "distill" (not of --loss perceptual), else the shipped flow for photos: its path.
-
-    Says which it is. Where there is none: None if optional, else raises InputError.
-    """
-    what, script, flag = {"flow": ("teacher", "train_flow.py", "--teacher"), "distill": ("student", "distill.py", "--init_from")}[stage]
-    say = functools.partial(print, file=sys.stderr) if os.environ.get("RANK", "0") == "0" else lambda line: None
-    for path in sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
-        try:
-            checkpoint = load_checkpoint(path)
-        except InputError:  # broken
-            continue
-        task, args = checkpoint.get("task"), checkpoint.get("args")
-        if checkpoint.get("stage") != stage or not isinstance(task, dict) or not isinstance(args, dict):  # another's
-            continue
-        if task["name"] == task_name and args.get("objective") != "perceptual":
-            say(f"{what}: {path}, the newest of {task_name} under out/ ({flag} names another)")
-            return str(path)
-    if stage == "flow" and task_name == "photos" and TEACHER.is_file():
-        say(f"{what}: the shipped {TEACHER.name} ({flag} names another)")
-        return str(TEACHER)
-    if optional:
-        return None
-    raise InputError(f"no {what} for {task_name}: none under out/ ({script} --dataset {task_name} makes one, or name a file with {flag})")
-
-
-def load_teacher(args, out_dir):
-    """The teacher that --teacher names, a resumed run had, or is the newest, and its task as flags override it: (UNet, Task, its metadata).
-
-    Raises InputError if it is no flow, or not of this task. Sets args.teacher to its path. A dry run needs no file: without
-    one it gets the row's network without weights.
-    """
-    if args.init_from == "resume" and args.teacher is None:
-        before = training.open_checkpoint(out_dir)[0].get("args", {})
-        for key in ("teacher", "autoencoder", "chain", "lora", "guidance", "prompt"):
-            setattr(args, key, before.get(key, getattr(args, key)))
-    args.teacher = args.teacher or newest(args.dataset, "flow", args.dry_run)
-    if args.teacher and teachers.names_family(args.teacher):
-        teacher, meta = teachers.load_teacher(args.teacher, args)
-        return teacher, data.resolve_task(args, data.saved_task(meta["task"], args.teacher) if meta["task"] else None), meta
-    if args.autoencoder:
-        raise InputError(f"--autoencoder is for resshift:FILE and functions of yours: {args.teacher} says itself what it works in")
-    if training.absent(args, args.teacher):
-        task = data.resolve_task(args)
-        with torch.device("meta"):
-            return build(network_config(task.model, task.condition, task.sigma_p, sigma_d=1.0)), task, dict(step=None)
-    teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
-    if meta["stage"] == "distill":
-        raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
-    if meta["task"] and meta["task"]["name"] != args.dataset:
-        raise InputError(f"{args.teacher} was trained for {meta['task']['name']}: say --dataset {meta['task']['name']}")
-    task = data.resolve_task(args, data.saved_task(meta["task"], args.teacher) if meta["task"] else None)
-    if (meta["task"] or {}).get("model", task.model) != task.model:
-        raise InputError(f"{args.teacher} holds the network {meta['task']['model']!r}, not {task.model!r}: its student is the same")
-    if teacher.precond and teacher.precond["sigma_p"] != task.sigma_p:
-        raise InputError(f"{args.teacher} was trained with --sigma_p {teacher.precond['sigma_p']}, not {task.sigma_p}: give the same")
-    return teacher, task, meta
-
-
-def start_network(args, task, teacher):
-    """The student that a new run starts from, by --init_from, and the metadata of its file. Raises InputError if that does not fit."""
-    start, meta = teacher, None
-    if args.init_from != "teacher" and not training.absent(args, args.init_from):
-        start, meta = load_model(args.init_from, model=task.model)
-        form = lambda net: {**net.config, "one_step": None, "folder": None}
-        if form(start) != form(teacher):
-            raise InputError(f"{args.init_from} is not the teacher's network with the teacher's sigma_p: start from a student of {args.teacher}")
-        if meta["task"] and meta["task"]["name"] != task.name:
-            raise InputError(f"{args.init_from} was trained for {meta['task']['name']}, not {task.name}")
-    return start.student(), meta
-
-
 def main(argv=None):
     args = parse_args(argv)
     perceptual = args.objective == "perceptual"
-    out_dir = Path(args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}")
+    out_dir = args.out_dir or f"out/{args.dataset}_{'perceptual' if perceptual else 'distill'}"
     training.resolve_auto(args, out_dir, None)
-    teacher, task, teacher_meta = load_teacher(args, out_dir)
-    if perceptual and not hasattr(teacher, "features"):
-        raise InputError("--loss perceptual looks through the encoder of a flow of this project's U-Net, which this teacher is not")
-    if perceptual and not task.condition:
-        raise InputError(f"--loss perceptual compares with the photograph behind x_lr, which a network of {task.name} does not see")
-    args.init_from = args.init_from or (newest(args.dataset, "distill", args.dry_run) if perceptual else "teacher")
+    teacher, task, teacher_meta = teachers.load_teacher(args, out_dir)
+    if perceptual:
+        check_teacher(teacher, task)
+    args.init_from = args.init_from or (teachers.newest(args.dataset, "distill", args.dry_run) if perceptual else "teacher")
 
     # --- processes and device ---
     run = training.begin("distill", task, args, out_dir)
@@ -237,7 +157,7 @@ def main(argv=None):
 
     # --- data ---
     checkpoint = training.find_checkpoint(run)
-    model, meta = (build(checkpoint["model"]), None) if checkpoint else start_network(args, task, teacher)
+    model, meta = (build(checkpoint["model"]), None) if checkpoint else teachers.first_student(args, task, teacher)
     train_paths, val_paths = training.find_pictures(run, checkpoint, [teacher_meta, meta])
 
     # --- model ---
@@ -298,12 +218,11 @@ def main(argv=None):
             training.before_update(run, state)
             for micro in range(args.gradient_accumulation_steps):
                 x_1, x_lr, n, seeds, t = training.next_batch(run, batches)
-                with run.autocast():
-                    x_in = teacher.start(teacher.to_latents(x_lr), task.sigma_p, seeds)
                 last = micro == args.gradient_accumulation_steps - 1
                 for module in (net, judge):
                     training.exchange_gradients(module, last)
                 with run.autocast():
+                    x_in = teacher.start(teacher.to_latents(x_lr), task.sigma_p, seeds)
                     if perceptual:
                         z_in = kernels.noise_augment(x_lr, task.sigma_p, data.image_seeds(args.seed + 1, n).to(run.device))
                         losses, seen, there = perceptual_losses(net, teacher, critic, x_1, x_in, z_in, args.look_min + (1 - args.look_min) * t, t)

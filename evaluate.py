@@ -37,7 +37,7 @@ import torch.distributed as dist
 import data
 import figures
 from checkpoints import file_sha256
-from console import InputError, Parser, Progress, in_range
+from console import InputError, Parser, Progress, check_file, in_range
 from degradations import H_T, H, observe, to_float
 from folders import check_memory, note
 from kernels import to_uint8
@@ -484,8 +484,7 @@ def check_flags(args):
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib: pip install matplotlib")
     for file in filter(None, (args.json, args.plot, args.figure)):
-        if Path(file).is_dir():
-            raise InputError(f"{file} is a folder: name a file to write")
+        check_file(file)
 
 
 def pick(args, crop, device):

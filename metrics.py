@@ -13,7 +13,6 @@ out: nothing is downloaded unasked.
 """
 import importlib.util
 import os
-import pickle
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from checkpoints import load_checkpoint
 from console import InputError
 from degradations import H, to_float
 from folders import note
@@ -155,12 +155,8 @@ def find_weights(kind, file=None):
 
 def read_features(kind, file, layers):
     """Fill the parameters layers {name: tensor} with torchvision's convolutions from a file. Raises InputError if it does not hold them."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
-        state = None
-    features = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith("classifier.")} if isinstance(state, dict) else {}
-    if features.keys() != layers.keys() or any(features[k].shape != layers[k].shape for k in layers):
+    features = {str(k).removeprefix("features."): v for k, v in load_checkpoint(file).items() if not str(k).startswith("classifier.")}
+    if features.keys() != layers.keys() or not all(torch.is_tensor(features[k]) and features[k].shape == p.shape for k, p in layers.items()):
         raise InputError(f"{file} does not hold torchvision's {BACKBONES[kind].what} features")
     for name, p in layers.items():
         p.data.copy_(features[name])

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_checkpoint, load_tensors, save_tensors
-from console import InputError, Parser, in_range
+from console import InputError, Parser, check_file, in_range
 from kernels import add_conv1x1_, conv3x3, conv3x3_in_bf16, conv3x3_in_float32, group_norm_silu, noise_augment
 
 # The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
@@ -481,10 +481,13 @@ def named(net, averages, params=None):
     return {**others, **dict(zip(trained, averages))} if len(averages) == len(trained) else {}
 
 
+FLOATS = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
 def check_fits(net, state, path):
     """Raises InputError if state, {name: tensor} of a file, is not what the network takes: every name, its shape, finite numbers."""
     ours = net.state_dict()
-    wrong = [n for n, p in ours.items() if not torch.is_tensor(state.get(n)) or state[n].shape != p.shape or not state[n].is_floating_point()]
+    wrong = [n for n, p in ours.items() if not torch.is_tensor(state.get(n)) or state[n].shape != p.shape or state[n].dtype not in FLOATS]
     if wrong or len(state) != len(ours):
         raise InputError(f"{path} does not hold this network: {len(wrong)} of its {len(ours)} parameters are missing or of another shape")
     if broken := [n for n, p in state.items() if not p.isfinite().all()]:
@@ -561,7 +564,7 @@ def load_model(path, device="cpu", model=None):
         held = load_checkpoint(path)
         meta, state = weights_in(held, path)
     meta = {"stage": None, "task": None, "step": None, "model": None, **(meta or {})}
-    if meta["stage"] not in ("flow", "distill", None) or not isinstance(meta["task"], (dict, type(None))) or not isinstance(meta["step"], (int, type(None))):
+    if meta["stage"] not in ("flow", "distill", None) or not isinstance(meta["task"], (dict, type(None))) or not isinstance(meta["step"], (int, type(None))) or abs(meta["step"] or 0) >= 2**53:
         raise InputError(f"{path} is not one of ours: its stage, task or step is none")
     if not meta["model"]:
         if model is None:
@@ -649,6 +652,7 @@ def convert(argv=None):
     args = p.parse_args(argv)
     if not args.release.endswith(".safetensors"):
         raise InputError(f"{args.release} should end in .safetensors")
+    check_file(args.release)
     net, meta = load_model(args.file, model=args.model)
     for flag, known in (("stage", meta["stage"]), ("dataset", meta["task"] and meta["task"]["name"])):
         if known and getattr(args, flag) not in (None, known):

@@ -12,7 +12,7 @@ LOW, HIGH = re.compile(r"(_lr\d*|x\d+)$", re.IGNORECASE), re.compile(r"_hr$", re
 
 
 def find_partners(paths, lr_dir):
-    """The low-resolution file of each true picture: {path: path of lr_dir}, paired by stem less _HR, and _LR, _LR4 or x4 (RealSR, DIV2K).
+    """The low-resolution file of each true picture: {path: path of lr_dir}, paired by stem less _HR, and _LR, _LR4 or x4 (RealSR, DIV2K), or by the very stem.
 
     lr_dir is a folder, or tars as shards.expand takes them. Both kinds may lie in one: what is named as low-resolution there is
     no true picture. Raises InputError that names a picture without a partner, or with two.
@@ -27,6 +27,9 @@ def find_partners(paths, lr_dir):
             raise InputError(f"{low[stem]} and {p} are both of {stem}: which is meant?")
     alike = {p.resolve() for p in low.values()}
     truth = {p: HIGH.sub("", p.stem) for p in paths if p.resolve() not in alike}
+    true = {p.resolve() for p in truth}
+    same = {p.stem: p for p in (folder / file for file in files) if HIGH.search(p.stem) and p.resolve() not in true}  # a folder of low-resolution ones under the true ones' names
+    low |= {stem: same[p.stem] for p, stem in truth.items() if stem not in low and p.stem in same}
     if not truth:
         raise InputError(f"{lr_dir} holds the true pictures themselves: low-resolution ones end in _LR4, or lie in a folder of their own")
     alone = [(p, stem) for p, stem in truth.items() if stem not in low]

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from console import in_range
+from console import InputError, in_range
 
 
 def add_perceptual_flags(parser):
@@ -22,6 +22,14 @@ def add_perceptual_flags(parser):
     g.add_argument("--lambda_adv", type=in_range(float, 0), default=0.015, help="weight of looking like a photograph to a critic")
     g.add_argument("--lambda_truth", type=in_range(float, 0), default=4.0, help="weight of the least-squares end, t = 0, and of the straight dial from there")
     g.add_argument("--lambda_grid", type=in_range(float, 0), default=10_000.0, help="weight of the grid of the network's patches on smooth areas")
+
+
+def check_teacher(teacher, task):
+    """Raises InputError if there is nothing to look through in that teacher, or a student of that task does not see what it is compared with."""
+    if not hasattr(teacher, "features"):
+        raise InputError("--loss perceptual looks through the encoder of a flow of this project's U-Net, which this teacher is not")
+    if not task.condition:
+        raise InputError(f"--loss perceptual compares with the photograph behind x_lr, which a network of {task.name} does not see")
 
 
 class Critic(nn.Module):

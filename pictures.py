@@ -582,28 +582,39 @@ def scan(folder, recursive=True):
 
     Hidden files and folders are left out; a folder that links lead to is looked through once.
     """
-    pictures, problems, seen = [], [], set()
+    pictures, blocked, foreign = look_through(folder, recursive)
+    return pictures, sorted(blocked + foreign)
+
+
+def look_through(folder, recursive=True):
+    """scan, with the folders that cannot be read apart from the files that are nothing for us: ([Path], [(Path, reason)], [(Path, reason)])."""
+    pictures, blocked, foreign, seen = [], [], [], set()
 
     def unreadable(error):
-        problems.append((Path(error.filename), error.strerror))
+        blocked.append((Path(error.filename), error.strerror))
 
     for here, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         seen.add(os.path.realpath(here))
         folders[:] = sorted(f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(here, f)) not in seen) if recursive else []
-        for path in (Path(here, f) for f in files if not f.startswith(".")):
-            if is_picture(path):
-                pictures.append(path)
-            elif reason := FOREIGN.get(path.suffix.lower()):
-                problems.append((path, reason))
-    return sorted(pictures), sorted(problems)
+        try:
+            for path in (Path(here, f) for f in files if not f.startswith(".")):
+                if is_picture(path):
+                    pictures.append(path)
+                elif reason := FOREIGN.get(path.suffix.lower()):
+                    foreign.append((path, reason))
+        except PermissionError as e:  # its names can be read, and nothing else of it
+            blocked.append((Path(here), e.strerror))
+    return sorted(pictures), blocked, foreign
 
 
 def list_images(folder):
-    """Every picture below folder, sorted by path. Raises InputError if there is no folder or no picture in it."""
+    """Every picture below folder, sorted by path. Raises InputError if there is no folder or no picture in it, or if a folder below it cannot be read."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no folder {folder}")
-    paths, _ = scan(folder)
+    paths, blocked, _ = look_through(folder)
+    if blocked:
+        raise InputError(f"cannot read the folder {blocked[0][0]}: {blocked[0][1]}")
     if not paths:
         raise InputError(f"no pictures in {folder} (looked for {' '.join(sorted(EXTENSIONS))})")
     return paths

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import figures
-from console import InputError, Parser, duration, in_range
+from console import InputError, Parser, check_file, duration, in_range
 from pictures import read_image, write_picture
 
 OWN = {"out_dir", "init_from", "name", "eval_interval", "log_interval", "wandb", "tensorboard"}  # settings that make no other training
@@ -37,6 +37,8 @@ def parse_args(argv):
         raise InputError(f"--plot {args.plot}: a plot is a .png, .pdf or .svg")
     if args.pictures and not args.pictures.endswith(".png"):
         raise InputError(f"--pictures {args.pictures}: pictures beside pictures are a .png")
+    for file in filter(None, (args.plot, args.pictures)):
+        check_file(file)
     return args
 
 

@@ -36,7 +36,7 @@ import numpy as np
 # flag are answered at once.
 from batch import STRIP, find_inputs, is_file_name, origin, plan
 from colour import BAND, from_planes, resized, split_alpha, to_planes
-from console import VERSION, InputError, Parser, Progress, in_range
+from console import VERSION, InputError, Parser, Progress, check_file, check_folder, in_range
 from pictures import MAX_PIXELS, as_picture, losses, open_writer, read_picture, write_picture
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
@@ -495,6 +495,8 @@ def generate(args):
     task, device, out = task or TASKS[args.dataset or "photos"], pick_device(args.device), Path(args.output)
     if not args.overwrite and any((out / f"{i:04d}.png").exists() for i in range(args.generate)):
         raise InputError(f"{out} holds drawn pictures already: --overwrite replaces them")
+    for folder in (out, out.absolute().parent):
+        check_folder(folder)
     dtype, drawn, total = pick_dtype(args.dtype, device), [], 0
     for i in range(args.generate):
         nothing = torch.zeros(1, 3, task.image_size, task.image_size, device=device)
@@ -517,6 +519,7 @@ def generate(args):
 
 def export_model(args):
     """Write the student as a file for other programs."""
+    check_file(args.export)
     from export import export_onnx
     args.device = "cpu"
     network, task, (t,), how, _ = prepare(args)

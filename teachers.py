@@ -1,25 +1,32 @@
-"""Networks that are not ours, as v(x_in, t): what they predict turned into a velocity, and what a student of theirs needs to know.
+"""Teachers: the flow that a distillation learns from, found and checked; and networks that are not ours, as v(x_in, t).
 
-    teacher, meta = load_teacher("resshift:FILE", args)     # or "dit4sr:DIR", or "mypackage.module:function"; args: the flags of add_teacher_flags
+    teacher, task, meta = load_teacher(args, out_dir)      # what --teacher names, or else the newest flow of the task; args: distill.py's flags
+    teacher, meta = load_family("resshift:FILE", args)     # or "dit4sr:DIR", or "mypackage.module:function"; args: the flags of add_teacher_flags
     v = teacher(x_in, t)          # x_in = concat(x_t, z_lr): (B, 2C, h, w), t: (B,) in [0, 1] -> v: (B, C, h, w)
 
-A family is a subclass of Teacher, named in model.FAMILIES: that table is the one place to add one. A network without a
-family of its own is wrapped in a Teacher by a function of yours: examples/bring_your_own.py is one.
+A family is a subclass of Teacher, named in model.FAMILIES: that table is the one place to add one. It turns what its network
+predicts into a velocity, and says what a student of it needs to know. A network without a family of its own is wrapped in a
+Teacher by a function of yours: examples/bring_your_own.py is one.
 
 Legend: x_1 clean (t = 1), x_lr the low-resolution picture at full size, z_lr = encode(x_lr) in the teacher's space (pixels:
 x_lr itself), eps standard normal noise. Every family's noising is a path x_t = a x_1 + b z_lr + c eps, a(t), b(t), c(t) numbers.
 """
 import copy
+import functools
+import os
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
+import data
 import kernels
-from checkpoints import load_checkpoint, load_tensors
-from console import InputError, in_range
-from model import FAMILIES, build, find_family
+from checkpoints import load_checkpoint, load_tensors, open_checkpoint
+from console import InputError, absent, in_range
+from model import FAMILIES, FLOATS, build, find_family, load_model, network_config
 
+TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 would be 0 / 0
 BUFFERS = ("relative_position_index", "attn_mask")  # of published files, computed here
 PREDICTS = ("x_1", "eps", "noise_minus_clean", "v", "velocity")
@@ -184,7 +191,7 @@ class Teacher(nn.Module):
         return to_velocity(x_t, z_lr, out, self.predicts, *self.path(torch.zeros_like(t) if self.one_step else t))
 
 
-# --- from the command line ---
+# --- the teacher that --teacher names ---
 
 
 def add_teacher_flags(parser):
@@ -197,13 +204,72 @@ def add_teacher_flags(parser):
     g.add_argument("--chain", type=int, choices=(4, 15), default=4, help="resshift: steps that it was trained for, where the file does not say (default: 4)")
 
 
+def load_teacher(args, out_dir):
+    """The teacher that --teacher names, a resumed run had, or is the newest, and its task as flags override it: (UNet or Teacher, Task, its metadata).
+
+    Raises InputError if it is no flow, or not of this task. Sets args.teacher to its path. A dry run needs no file: without
+    one it gets the row's network without weights.
+    """
+    if args.init_from == "resume" and args.teacher is None:
+        before = open_checkpoint(out_dir)[0].get("args", {})
+        for key in ("teacher", "autoencoder", "chain", "lora", "guidance", "prompt"):
+            setattr(args, key, before.get(key, getattr(args, key)))
+    args.teacher = args.teacher or newest(args.dataset, "flow", args.dry_run)
+    if args.teacher and names_family(args.teacher):
+        teacher, meta = load_family(args.teacher, args)
+        return teacher, data.resolve_task(args, data.saved_task(meta["task"], args.teacher) if meta["task"] else None), meta
+    if args.autoencoder:
+        raise InputError(f"--autoencoder is for resshift:FILE and functions of yours: {args.teacher} says itself what it works in")
+    if absent(args, args.teacher):
+        task = data.resolve_task(args)
+        with torch.device("meta"):
+            return build(network_config(task.model, task.condition, task.sigma_p, sigma_d=1.0)), task, dict(step=None)
+    teacher, meta = load_model(args.teacher, model=args.model or data.TASKS[args.dataset].model)
+    if meta["stage"] == "distill":
+        raise InputError(f"{args.teacher} is a distilled student: the teacher is a stage-1 flow")
+    if meta["task"] and meta["task"]["name"] != args.dataset:
+        raise InputError(f"{args.teacher} was trained for {meta['task']['name']}: say --dataset {meta['task']['name']}")
+    task = data.resolve_task(args, data.saved_task(meta["task"], args.teacher) if meta["task"] else None)
+    if (meta["task"] or {}).get("model", task.model) != task.model:
+        raise InputError(f"{args.teacher} holds the network {meta['task']['model']!r}, not {task.model!r}: its student is the same")
+    if teacher.precond and teacher.precond["sigma_p"] != task.sigma_p:
+        raise InputError(f"{args.teacher} was trained with --sigma_p {teacher.precond['sigma_p']}, not {task.sigma_p}: give the same")
+    return teacher, task, meta
+
+
+def newest(task_name, stage, optional=False):
+    """The newest checkpoint of that task under out/ of stage "flow", or "distill" (not of --loss perceptual), else the shipped flow for photos: its path.
+
+    Says which it is. Where there is none: None if optional, else raises InputError.
+    """
+    what, script, flag = {"flow": ("teacher", "train_flow.py", "--teacher"), "distill": ("student", "distill.py", "--init_from")}[stage]
+    say = functools.partial(print, file=sys.stderr) if os.environ.get("RANK", "0") == "0" else lambda line: None
+    for path in sorted(Path("out").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
+        try:
+            checkpoint = load_checkpoint(path)
+        except InputError:  # broken
+            continue
+        task, args = checkpoint.get("task"), checkpoint.get("args")
+        if checkpoint.get("stage") != stage or not isinstance(task, dict) or not isinstance(args, dict):  # another's
+            continue
+        if task["name"] == task_name and args.get("objective") != "perceptual":
+            say(f"{what}: {path}, the newest of {task_name} under out/ ({flag} names another)")
+            return str(path)
+    if stage == "flow" and task_name == "photos" and TEACHER.is_file():
+        say(f"{what}: the shipped {TEACHER.name} ({flag} names another)")
+        return str(TEACHER)
+    if optional:
+        return None
+    raise InputError(f"no {what} for {task_name}: none under out/ ({script} --dataset {task_name} makes one, or name a file with {flag})")
+
+
 def names_family(spec):
     """Whether --teacher names a family and its file, FAMILY:FILE, or a function, package.module:function; else it is a file of ours."""
     head, colon, tail = spec.partition(":")
     return bool(colon) and not Path(spec).exists() and (head in FAMILIES or len(head) > 1 and f"{head}.{tail}".replace(".", "").isidentifier())
 
 
-def load_teacher(spec, args):
+def load_family(spec, args):
     """The teacher that a spec names, and the metadata of its file: (Teacher in evaluation mode, {"task", "step"}). Raises InputError.
 
     args: an object with the flags of add_teacher_flags. A function is called without arguments and returns a Teacher, or
@@ -217,7 +283,7 @@ def load_teacher(spec, args):
         family = find_family(head)
         if not hasattr(family, "published"):
             raise InputError(f"{spec}: weights of this project's own network are named without {head}:")
-        if getattr(args, "dry_run", False) and not Path(tail).exists():
+        if absent(args, tail):
             with torch.device("meta"):
                 teacher = family.empty(args)
         else:
@@ -226,9 +292,22 @@ def load_teacher(spec, args):
         from resshift import VQ_F4, fill_autoencoder
         FAMILIES[spec] = spec
         teacher = build({"family": spec, **({"autoencoder": dict(VQ_F4, mults=list(VQ_F4["mults"]))} if args.autoencoder else {})})
-        if args.autoencoder and not (getattr(args, "dry_run", False) and not Path(args.autoencoder).is_file()):
+        if args.autoencoder and not absent(args, args.autoencoder):
             fill_autoencoder(teacher, args.autoencoder)
     return teacher.eval().requires_grad_(False), meta
+
+
+def first_student(args, task, teacher):
+    """The student that a new run starts from, by --init_from, and the metadata of its file. Raises InputError if that does not fit."""
+    start, meta = teacher, None
+    if args.init_from != "teacher" and not absent(args, args.init_from):
+        start, meta = load_model(args.init_from, model=task.model)
+        form = lambda net: {**net.config, "one_step": None, "folder": None}
+        if form(start) != form(teacher):
+            raise InputError(f"{args.init_from} is not the teacher's network with the teacher's sigma_p: start from a student of {args.teacher}")
+        if meta["task"] and meta["task"]["name"] != task.name:
+            raise InputError(f"{args.init_from} was trained for {meta['task']['name']}, not {task.name}")
+    return start.student(), meta
 
 
 # --- files ---
@@ -245,7 +324,7 @@ def read_state(path):
         for key in ("state_dict", "params_ema", "params"):
             state = state.get(key, state) if isinstance(state.get(key), dict) else state
     # what DistributedDataParallel and torch.compile put before a name
-    state = {name.replace("module.", "").replace("_orig_mod.", ""): value for name, value in state.items()}
+    state = {str(name).replace("module.", "").replace("_orig_mod.", ""): value for name, value in state.items()}
     if not state or not all(torch.is_tensor(value) for value in state.values()):
         raise InputError(f"{path} is not a file of weights: it should hold tensors by name")
     return state
@@ -253,14 +332,14 @@ def read_state(path):
 
 def fill(module, state, path, what, assign=False):
     """Load tensors into module, strictly but for BUFFERS, in float32; assign: those of state themselves, as they are. Raises InputError, one line that says how many do not fit."""
-    state = {name: value if assign else value.float() for name, value in state.items() if not name.endswith(BUFFERS)}
+    state = {name: value for name, value in state.items() if not name.endswith(BUFFERS)}
     own = module.state_dict()
-    wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
+    wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape or state[n].dtype not in FLOATS]
     if wrong or len(state) != len(own):
         first = f", the first {wrong[0]}" if wrong else ""
         raise InputError(f"{path} does not hold {what}: {len(wrong)} of its {len(own)} tensors are missing or of another shape{first}; "
                          f"{len(set(state) - set(own))} others are not its own")
     if bad := [n for n, v in state.items() if not v.isfinite().all()]:
         raise InputError(f"{path} is broken: {bad[0]} holds values that are not finite")
-    module.load_state_dict(state, assign=assign)
+    module.load_state_dict(state if assign else {name: value.float() for name, value in state.items()}, assign=assign)
     return module

@@ -20,7 +20,7 @@ import data
 import kernels
 import resshift
 import training
-from console import InputError, in_range
+from console import InputError, absent, in_range
 from flow import integrate, one_step
 from metrics import load_lpips
 from model import PRESETS, build, load_model, network_config, preset_name
@@ -85,7 +85,7 @@ def main(argv=None):
 
     # --- data ---
     checkpoint = training.find_checkpoint(run)
-    named = args.init_from not in ("scratch", "resume") and not training.absent(args, args.init_from)
+    named = args.init_from not in ("scratch", "resume") and not absent(args, args.init_from)
     start, meta = load_model(args.init_from, model=task.model) if named else (None, None)
     train_paths, val_paths = training.find_pictures(run, checkpoint, [meta])
 

@@ -34,7 +34,7 @@ import data
 import folders
 import kernels
 import partners
-from checkpoints import copy_file, load_checkpoint, one_before, save_checkpoint
+from checkpoints import copy_file, one_before, open_checkpoint, save_checkpoint
 from console import InputError, atomic_write, in_range
 from degradations import degrade, to_float
 from metrics import psnr_rgb
@@ -294,25 +294,6 @@ def resolve_auto(args, out_dir, fresh):
     if args.init_from == "auto":
         path = Path(out_dir) / "ckpt.pt"
         args.init_from = "resume" if path.exists() or one_before(path).exists() else fresh
-
-
-def open_checkpoint(out_dir):
-    """(a run's newest checkpoint that is whole, whether it is the one before the newest). Raises InputError if there is none."""
-    path = Path(out_dir) / "ckpt.pt"
-    try:
-        return load_checkpoint(path), False
-    except InputError as e:
-        if not one_before(path).is_file():
-            raise
-        checkpoint = load_checkpoint(one_before(path))
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{e}: going on from the one before it, {one_before(path).name}", file=sys.stderr)
-        return checkpoint, True
-
-
-def absent(args, path):
-    """Whether a dry run does without that file, which is not there (path may be None)."""
-    return args.dry_run and not (path and Path(path).is_file())
 
 
 def find_checkpoint(run):

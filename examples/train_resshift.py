@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run from anywhere
 import data
 import kernels
 from checkpoints import load_checkpoint, save_checkpoint
+from console import InputError
 from degradations import degrade, to_float
 from model import PRESETS, save_release
 from resshift import ResShift, sqrt_eta
@@ -97,4 +98,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, OSError) as e:
+        sys.exit(f"train_resshift.py: {e}")

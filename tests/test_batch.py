@@ -1,10 +1,12 @@
 """Batches: what is wrong with one picture concerns it alone, nothing is overwritten that should not be, and a second run goes on."""
+import importlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,6 +127,16 @@ def test_only_what_was_made_from_the_same_picture_is_overwritten(folder, cli, ca
     assert Path("out/y_x4.png").read_bytes() != others
 
 
+def test_a_picture_in_a_shut_folder_is_skipped_alone(user):
+    folder, rights = user
+    save(folder / "shut" / "a.png")
+    save(folder / "b.png")
+    (folder / "shut").chmod(0)
+    with rights():
+        found, skipped = batch.find_inputs([str(folder / "shut" / "a.png"), str(folder / "shut"), str(folder / "b.png")], False)
+    assert [p.name for p, _ in found] == ["b.png"] and skipped[0] == f"{folder / 'shut' / 'a.png'}: Permission denied" and f"{folder / 'shut'}: Permission denied" in skipped
+
+
 def test_what_is_wrong_is_said_before_any_work(folder, cli, capsys, monkeypatch):
     monkeypatch.setattr(sample, "read_picture", lambda *args, **how: pytest.fail("work"))
     save("wide.png", size=(2, 4100))
@@ -135,11 +147,30 @@ def test_what_is_wrong_is_said_before_any_work(folder, cli, capsys, monkeypatch)
     if os.path.isdir("/proc/self"):
         with pytest.raises(console.InputError, match="cannot write to /proc/"):
             cli("in/a.png", "-o", "/proc/results")
-    monkeypatch.setattr(batch.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    batch.check_folder.cache_clear()
+    monkeypatch.setattr(console.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    console.check_folder.cache_clear()
     with pytest.raises(console.InputError, match="cannot write to locked: Permission denied"):
         cli("in/a.png", "-o", "locked")
-    batch.check_folder.cache_clear()
+    console.check_folder.cache_clear()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder here that nobody can write in")
+@pytest.mark.parametrize("script, flags", [
+    ("evaluate", ["--plot", "/proc/p.png"]), ("evaluate", ["--figure", "/proc/p.png"]), ("evaluate", ["--json", "/proc/p.json"]),
+    ("curves", ["path", "--plot", "/proc/p.png"]), ("curves", ["diversity", "--seeds", "2", "--json", "/proc/p.json"]), ("curves", ["path", "--plot", "p.jpeg"]),
+    ("sample", ["--export", "/proc/m.onnx", "--model", "clean"]), ("sample", ["--export", "in", "--model", "clean"]), ("runs", ["in", "--plot", "/proc/p.png"]),
+    ("model", ["convert", "in/a.pt", "/proc/m.safetensors"])])
+def test_where_a_result_cannot_be_written_is_said_before_any_work(script, flags, folder, monkeypatch):
+    """The table took an hour, and its plot had no place."""
+    module = importlib.import_module(script)
+    for work in ("load_networks", "load_pictures", "prepare", "read_runs", "load_model"):
+        if (script, work) != ("curves", "load_networks"):  # whose stages the check needs
+            monkeypatch.setattr(module, work, lambda *args, **how: pytest.fail("work"), raising=False)
+    if script == "curves":
+        monkeypatch.setattr(module, "load_networks", lambda *args, **how: [SimpleNamespace(stage="flow", task=None)])
+        monkeypatch.setattr(module, "check_together", lambda networks: None)
+    with pytest.raises(console.InputError, match="cannot write to /proc|in is a folder|a plot is a .png"):
+        (module.convert if script == "model" else module.main)(flags)
 
 
 @pytest.mark.parametrize("flags, size", [(["--width", 34], (34, 24)), (["--height", 30], (42, 30)), (["--width", 34, "--height", 20], (28, 20)),

@@ -1,4 +1,5 @@
 """bench.py: its cases agree with their references, and its commands run through, small. gpu_report.py as far as it can be shown without a card."""
+import runpy
 import sys
 import tarfile
 from pathlib import Path
@@ -78,6 +79,14 @@ def test_the_loader(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit, match="the results do not match: JPEG 500 x 375"):
         bench.main(["data", "--size", "32"])
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("script, flags", [("bench.py", ["data"]), ("examples/train_resshift.py", [])])
+def test_a_wrong_folder_is_one_line(script, flags, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *flags, "--data_dir", "nowhere"])
+    with pytest.raises(SystemExit, match=f"{Path(script).name}: no folder nowhere"):
+        runpy.run_path(str(Path(bench.__file__).parent / script), run_name="__main__")
 
 
 def test_other_runtimes(weights, capsys, monkeypatch):

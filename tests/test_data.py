@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -352,6 +353,23 @@ def test_validation_does_not_enlarge(tmp_path, capsys):
     assert x.shape == (4, 3, 128, 128) and "4.png is 120 x 100" in capsys.readouterr().err
     with pytest.raises(InputError, match="none of the validation pictures"):
         data.validation_pictures([tmp_path / "4.png"], task, 1)
+
+
+def test_validation_keeps_one_whole_picture_at_a_time(tmp_path, monkeypatch):
+    """A picture may have 300 million pixels, a validation any number of them."""
+    read, alive = data.read_image, []
+
+    def tracked(path):
+        assert not any(ref() is not None for ref in alive), "the picture before is still there"
+        image = np.array(read(path))
+        alive.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(data, "read_image", tracked)
+    for i in range(4):
+        Image.fromarray(picture(300, 320, seed=i)).save(tmp_path / f"{i}.png")
+    assert data.validation_pictures(sorted(tmp_path.iterdir()), data.TASKS["photos"], 4).shape == (4, 3, 256, 256)
+    assert len(alive) == 4
 
 
 def test_broken_pictures_are_counted_over_all_workers(tmp_path):

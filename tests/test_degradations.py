@@ -338,6 +338,19 @@ def test_pairs_are_cut_and_turned_together(pairs):
     assert mixed == low
 
 
+def test_a_folder_of_low_resolution_pictures_may_repeat_the_true_ones_names(pairs, tmp_path):
+    """a_HR.png with another folder's a_HR.jpg; where that has a_LR4.png too, with it; and never with itself."""
+    hr, lr = pairs
+    paths = sorted(hr.iterdir())
+    for p in paths:
+        Image.open(lr / p.name.replace("_HR", "_LR4")).save(tmp_path / f"{p.stem}.jpg")
+    assert [p.name for p in find_partners(paths, tmp_path).values()] == [f"Canon_{i}_HR.jpg" for i in range(8)]
+    (tmp_path / "Canon_0_LR4.png").write_bytes((lr / "Canon_0_LR4.png").read_bytes())
+    assert find_partners(paths, tmp_path)[paths[0]].name == "Canon_0_LR4.png"
+    with pytest.raises(InputError, match="has no partner Canon_0"):
+        find_partners(paths, hr)
+
+
 def test_pairs_train_distil_and_are_measured(pairs, tmp_path, monkeypatch, capsys):
     import distill
     import evaluate

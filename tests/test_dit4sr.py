@@ -100,7 +100,7 @@ def flags(**over):
 
 
 def open_teacher(folder, **over):
-    return teachers.load_teacher(f"dit4sr:{folder}", flags(**over))[0]
+    return teachers.load_family(f"dit4sr:{folder}", flags(**over))[0]
 
 
 def test_the_teacher_is_the_network_turned_round_and_guided(folder):

@@ -123,7 +123,7 @@ def test_without_alexnet_one_line_says_so(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("content, words", ((None, "no AlexNet weights at"), (b"not weights", "does not hold"), ({"features.0.weight": torch.ones(1)}, "does not hold")))
+@pytest.mark.parametrize("content, words", ((None, "no AlexNet weights at"), (b"not weights", "is broken or not a checkpoint"), ({"features.0.weight": 1}, "does not hold"), ({"features.0.weight": torch.ones(1)}, "does not hold")))
 def test_a_wrong_alexnet_is_named(tmp_path, content, words):
     file = tmp_path / "alex.pth"
     if isinstance(content, bytes):

@@ -474,6 +474,23 @@ def test_every_format_that_opens_counts_in_a_folder(tmp_path):
     assert found == list_images(tmp_path) and len(scan(tmp_path, recursive=False)[0]) == 12
 
 
+@pytest.mark.parametrize("mode", [0o000, 0o444, 0o311])
+def test_a_folder_that_cannot_be_read_is_named(mode, user):
+    """Shut, its names alone, or all but its names: what measures does not take the rest for all, and what restores says what it left out."""
+    folder, rights = user
+    (folder / "shut").mkdir()
+    for name in ("a.png", "shut/b.png"):
+        Image.fromarray(photo()).save(folder / name)
+    (folder / "shut").chmod(mode)
+    with rights():
+        found, problems = scan(folder)
+        with pytest.raises(InputError, match="cannot read the folder .*shut: Permission denied"):
+            list_images(folder)
+    (folder / "shut").chmod(0o755)
+    assert found == [folder / "a.png"] and problems == [(folder / "shut", "Permission denied")]
+    assert len(list_images(folder)) == 2
+
+
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path, monkeypatch):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("hello")

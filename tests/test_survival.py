@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import data
+import metrics
 import train_flow
 import training
 from checkpoints import load_checkpoint, load_tensors, save_checkpoint
@@ -24,6 +25,7 @@ from degradations import degrade, to_float
 from kernels import to_uint8
 from metrics import psnr_rgb
 from model import Stage, load_model, network_of, save_release
+from teachers import read_state
 from test_model import tiny
 from test_train import ROOT, SMALL, gradient, log_of, photos, run, same, signals, teacher, torchrun  # noqa: F401, fixtures
 
@@ -95,6 +97,16 @@ def test_an_ignored_signal_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     training.Signals()
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL
+
+
+def test_a_program_that_ends_while_others_load_for_it_ends(photos):  # noqa: F811
+    """They ignore SIGTERM, by which multiprocessing ends what is left at exit, to wait for it then."""
+    code = ("import sys, data\nfrom pathlib import Path\n"
+            "loader = data.training_batches(sorted(Path(sys.argv[1]).glob('*')), data.replace(data.TASKS['photos'], image_size=16), 0, 1, 0, 0, 1, 2)\n"
+            "print([*next(loader)[0].shape], [process.pid for process in data.multiprocessing.active_children()])")
+    done = subprocess.run([sys.executable, "-c", code, photos], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("[1, 3, 16, 16] [") and "Error" not in done.stderr
+    assert not any(Path(f"/proc/{pid}").exists() for pid in json.loads(done.stdout.split("] ", 1)[1]))
 
 
 # --- one command that starts and goes on ---
@@ -355,6 +367,24 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_takes_over(photos, tmp
     assert same(again, whole) and (tmp_path / "ckpt_broken.pt").exists()
 
 
+def test_a_checkpoint_that_may_not_be_read_is_not_called_broken(user):
+    """Root trained in a container, and somebody else goes on: the one before does not take its place, which is newer and whole."""
+    folder, rights = user
+    for step in (1, 2):
+        save_checkpoint(folder / "ckpt.pt", dict(step=step))
+    save_release(folder / "w.safetensors", tiny(), dict(stage="flow", step=7, task=None))
+    load_tensors(folder / "w.safetensors")
+    for name in ("ckpt.pt", "w.safetensors"):
+        (folder / name).chmod(0)
+    with rights():
+        assert load_checkpoint(folder / "ckpt_before.pt")["step"] == 1
+        for read in (load_checkpoint, lambda path: training.open_checkpoint(path.parent)):
+            with pytest.raises(InputError, match="cannot read .*ckpt.pt: Permission denied"):
+                read(folder / "ckpt.pt")
+        with pytest.raises(InputError, match="cannot read .*w.safetensors: Permission denied"):
+            load_tensors(folder / "w.safetensors")
+
+
 def test_a_flipped_bit_in_a_release_is_found(tmp_path):
     path = tmp_path / "w.safetensors"
     save_release(path, tiny(), dict(stage="flow", step=7, task=None))
@@ -388,6 +418,31 @@ def test_hostile_checkpoints_are_one_line_and_cost_no_memory(tmp_path):
         load_model(tmp_path / "bomb.pt")
 
 
+def circle():
+    held = []
+    held.append(held)
+    return held
+
+
+def nested(times):
+    held = [0]
+    for _ in range(times):
+        held = [held] * 10
+    return held
+
+
+@pytest.mark.parametrize("part, says", [
+    (torch.zeros(1).expand(10**5, 10**5), "whose numbers are not in it"), (torch.ones(1, dtype=torch.bfloat16).expand(10**6, 10**5), "whose numbers are not in it"),
+    (torch.eye(3).to_sparse(), "whose numbers are not in it"), (torch.ones(3, device="meta"), "whose numbers are not in it"),
+    (nested(30), "more than its bytes can say"), (circle(), "more than 50 deep")])
+@pytest.mark.parametrize("reader", [load_model, read_state, lambda path: training.open_checkpoint(path.parent), metrics.load_lpips])
+def test_what_says_that_it_is_larger_than_its_file_is_one_line(part, says, reader, tmp_path):
+    """A kilobyte that says it is 40 GB, or a list of ten lists of ten lists: whoever copies, compares or prints them would take all memory."""
+    torch.save({"ema": {"shadow_params": [part]}, "features.0.weight": part, "step": part}, tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match=says):
+        reader(tmp_path / "ckpt.pt")
+
+
 @pytest.mark.parametrize("change", [
     dict(blocks=100_000), dict(blocks=True), dict(channels=31), dict(channels="32"), dict(channels=10**9), dict(mults=[]), dict(mults=[1] * 50), dict(mults=7),
     dict(groups=5), dict(groups=0), dict(patch=1.5), dict(attention=[1], head_channels=48), dict(precond=dict(sigma_p=1)), dict(precond="yes"),
@@ -400,12 +455,17 @@ def test_a_file_that_describes_no_network_is_one_line(change):
 def test_edited_releases_are_one_line(tmp_path):
     """What the header says of the file is as hostile as the rest of it."""
     from safetensors.torch import save_file
+    with open(tmp_path / "long.safetensors", "wb") as f:  # 64 GB that take no place on the disk
+        f.write((2**40).to_bytes(8, "little"))
+        f.truncate(2**36)
+    with pytest.raises(InputError, match="its header would be too large"):
+        load_model(tmp_path / "long.safetensors")
     tensors = {n: p.clone() for n, p in tiny().state_dict().items()}
     good = dict(stage="flow", task=None, step=1, model=tiny().config)
     first = next(iter(tensors))
     for meta, state in ((json.dumps([1]), tensors), ("{", tensors), (json.dumps({**good, "stage": 5}), tensors), (json.dumps({**good, "task": "photos"}), tensors),
-                        (json.dumps({**good, "model": [3]}), tensors), (json.dumps({**good, "step": {}}), tensors), ("[" * 100_000, tensors),
-                        (json.dumps(good), {**tensors, first: tensors[first].long()}), (json.dumps(good), {**tensors, first: tensors[first] / 0}),
+                        (json.dumps({**good, "model": [3]}), tensors), (json.dumps({**good, "step": {}}), tensors), (json.dumps({**good, "step": 10**4000}), tensors), ("[" * 100_000, tensors),
+                        (json.dumps(good), {**tensors, first: tensors[first].long()}), (json.dumps(good), {**tensors, first: tensors[first].to(torch.float8_e4m3fn)}), (json.dumps(good), {**tensors, first: tensors[first] / 0}),
                         (json.dumps(good), {k: v for k, v in tensors.items() if k != first}), (None, tensors)):
         save_file(state, tmp_path / "e.safetensors", metadata={"oftsr": meta} if meta else {"sha256": "0" * 64})
         with pytest.raises(InputError) as e:
@@ -430,7 +490,7 @@ def test_edited_checkpoints_are_one_line(photos, tmp_path):  # noqa: F811
         assert "ckpt.pt" in str(e.value) and "\n" not in str(e.value), edit
 
 
-@pytest.mark.parametrize("change", [dict(scale=1000), dict(scale="4"), dict(surprise=1), dict(image_size=-1), dict(condition=1), dict(sigma_p=float("nan")), dict(hflip=None)])
+@pytest.mark.parametrize("change", [dict(scale=1000), dict(degradation="fog"), dict(crop="left"), dict(loss="l3"), dict(scale="4"), dict(surprise=1), dict(image_size=-1), dict(condition=1), dict(sigma_p=float("nan")), dict(hflip=None)])
 def test_a_file_made_for_no_task_is_one_line(change):
     cells = {**asdict(data.TASKS["photos"]), **change}
     with pytest.raises(InputError, match="x.pt was made for a task"):

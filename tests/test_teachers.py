@@ -294,7 +294,7 @@ def published(tmp_path, monkeypatch):
 def test_a_published_resshift_its_student_and_its_file(published):
     """Latents there and back, any size, the sampler, and a student that load_model builds again from its file alone."""
     folder, args = published
-    teacher, _ = teachers.load_teacher(f"resshift:{folder / 'net.pth'}", args)
+    teacher, _ = teachers.load_family(f"resshift:{folder / 'net.pth'}", args)
     assert teacher.factor == 2 and teacher.multiple == 4 and teacher.t_last == pytest.approx(1 - 0.02 / 0.99)
     x_lr, seeds = torch.rand(2, 3, 44, 28) * 2 - 1, torch.arange(2)
     z_lr = teacher.to_latents(x_lr)
@@ -384,7 +384,7 @@ def test_a_broken_file_is_one_line(published, damage, words):
     folder, args = published
     damage(folder / "net.pth")
     with pytest.raises(InputError, match=words) as e:
-        teachers.load_teacher(f"resshift:{folder / 'net.pth'}", args)
+        teachers.load_family(f"resshift:{folder / 'net.pth'}", args)
     assert "\n" not in str(e.value)
 
 
@@ -420,7 +420,7 @@ def test_the_example_that_trains_a_resshift(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="another network or schedule"):
         train("in_two.safetensors", 4, "0.3")
     train("in_two.safetensors", 4)
-    first, second = (teachers.load_teacher(f"resshift:{tmp_path / name}", argparse.Namespace(autoencoder=None, chain=4))[0] for name in ("at_once.safetensors", "in_two.safetensors"))
+    first, second = (teachers.load_family(f"resshift:{tmp_path / name}", argparse.Namespace(autoencoder=None, chain=4))[0] for name in ("at_once.safetensors", "in_two.safetensors"))
     assert first.schedule == dict(steps=15, kappa=0.2, min_noise=0.02, power=0.3, pixels=True)
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
 
@@ -428,9 +428,9 @@ def test_the_example_that_trains_a_resshift(tmp_path, monkeypatch):
 def test_bring_your_own(tmp_path, monkeypatch):
     """README's example, small: its teacher is distilled, and its student restores once its function is named."""
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
-    monkeypatch.setitem(model.FAMILIES, "unet", model.FAMILIES["unet"])  # what load_teacher adds goes with the test
+    monkeypatch.setitem(model.FAMILIES, "unet", model.FAMILIES["unet"])  # what load_family adds goes with the test
     args = argparse.Namespace(autoencoder=None, chain=4)
-    teacher, _ = teachers.load_teacher("bring_your_own:teacher", args)
+    teacher, _ = teachers.load_family("bring_your_own:teacher", args)
     student = teacher.student()
     assert student.config == {"family": "bring_your_own:teacher", "one_step": True}
     x_in = teacher.start(torch.rand(1, 3, 16, 16), None, torch.arange(1))
@@ -450,7 +450,7 @@ def test_a_network_of_your_own_in_latents(published, monkeypatch):
     folder, args = published
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
     monkeypatch.setitem(model.FAMILIES, "unet", model.FAMILIES["unet"])
-    teacher, _ = teachers.load_teacher("bring_your_own:teacher", args)
+    teacher, _ = teachers.load_family("bring_your_own:teacher", args)
     x_lr = torch.rand(1, 3, 16, 24) * 2 - 1
     z_lr = teacher.to_latents(x_lr)
     assert (teacher.factor, teacher.multiple) == (2, 2) and z_lr.shape == (1, 3, 8, 12) and torch.equal(z_lr, teacher.autoencoder.encode(x_lr))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import distill
+import teachers
 import train_flow
 from console import InputError
 from checkpoints import load_checkpoint
@@ -189,19 +190,19 @@ def test_the_teacher_is_the_newest_of_its_task(photos, tmp_path, monkeypatch, ca
         (tmp_path / "out" / name).mkdir()
         torch.save(foreign, tmp_path / "out" / name / "ckpt.pt")
     capsys.readouterr()
-    assert distill.newest("photos", "flow") == str(Path("out/a/ckpt.pt"))
+    assert teachers.newest("photos", "flow") == str(Path("out/a/ckpt.pt"))
     assert capsys.readouterr().err == f"teacher: {Path('out/a/ckpt.pt')}, the newest of photos under out/ (--teacher names another)\n"
     with pytest.raises(InputError, match="not a checkpoint of this script"):
         run(distill, photos, tmp_path / "out" / "dict", "--init_from", "resume")
-    assert distill.newest("div2k", "flow") == str(Path("out/c/ckpt.pt"))
+    assert teachers.newest("div2k", "flow") == str(Path("out/c/ckpt.pt"))
     with pytest.raises(InputError, match="no teacher for ffhq: none under out/ .train_flow.py --dataset ffhq"):
-        distill.newest("ffhq", "flow")
+        teachers.newest("ffhq", "flow")
     with pytest.raises(InputError, match="no student for div2k: none under out/ .distill.py --dataset div2k"):
-        distill.newest("div2k", "distill")
+        teachers.newest("div2k", "distill")
     student = run(distill, photos, tmp_path / "out" / "s", "--max_iters", 1, "--dataset", "div2k")
     assert student["task"]["sigma_p"] == 0.2  # nobody types it twice
     perceptual = run(distill, photos, tmp_path / "out" / "t", "--max_iters", 1, "--dataset", "div2k", "--loss", "perceptual")
-    assert perceptual["args"]["init_from"] == str(Path("out/s/ckpt.pt")) and distill.newest("div2k", "distill") == str(Path("out/s/ckpt.pt"))
+    assert perceptual["args"]["init_from"] == str(Path("out/s/ckpt.pt")) and teachers.newest("div2k", "distill") == str(Path("out/s/ckpt.pt"))
     with pytest.raises(InputError, match="distilled student"):
         run(distill, photos, tmp_path / "x", "--teacher", tmp_path / "out" / "s" / "ckpt.pt")
 
@@ -332,7 +333,7 @@ def test_bad_input_is_one_line_and_writes_nothing(flags, says, photos, tmp_path,
     (["--loss", "boot", "--t_max", "1"], "stay below 1"),
     (["--loss", "perceptual", "--look_min", "-0.1"], "out of range: 0 to 1"),
     (["--loss", "perceptual"], "no student for photos: none under out/"),
-    (["--loss", "perceptual", "--init_from", str(distill.TEACHER), "--model", "photos", "--sigma_p", "0.2"], "was trained with --sigma_p 0.1"),
+    (["--loss", "perceptual", "--init_from", str(teachers.TEACHER), "--model", "photos", "--sigma_p", "0.2"], "was trained with --sigma_p 0.1"),
     (["--loss", "perceptual", "--init_from", "OTHER"], "is not the teacher's network"),
     (["--loss", "perceptual", "--teacher", "UNCONDITIONAL", "--dataset", "ffhq_uncond"], "does not see"),
 ])
