@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_checkpoint, load_tensors, save_tensors
 from console import InputError, Parser, check_file, in_range
-from kernels import conv3x3, conv3x3_in_bf16, group_norm_silu, noise_augment
+from kernels import add_conv1x1_, conv3x3, conv3x3_in_bf16, conv3x3_in_float32, group_norm_silu, noise_augment
 
 # The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
 # to add one. What a class has to say of itself is written in teachers.Teacher.
@@ -127,17 +127,17 @@ class Conv3x3(nn.Conv2d):
 class UpConv(Conv3x3):
     """A 3x3 convolution of x doubled by repetition, without the doubled x: (B, C, H, W) -> (B, C', 2H, 2W).
 
-    Among repeated pixels a 3x3 kernel meets only 2x2 different ones, another 2x2 in each phase (a, b) of the output's
-    rows and columns. So the taps that fall on one pixel are added, and four 2x2 convolutions of x do it, with 4/9 of
-    the arithmetic.
+    By conv3x3 where a kernel of ours takes it. Elsewhere: among repeated pixels a 3x3 kernel meets only 2x2 different ones,
+    another 2x2 in each phase (a, b) of the output's rows and columns. So the taps that fall on one pixel are added, and four
+    2x2 convolutions of x do it, with 4/9 of the arithmetic.
     """
 
     def forward(self, x):
         B, _, H, W = x.shape
+        if conv3x3_in_bf16(x, self.weight, doubled=True) or conv3x3_in_float32(x, self.weight, doubled=True):
+            return conv3x3(x, self.weight, self.bias, doubled=True)
         if H * W < 1024:  # adding the taps would cost more than it saves
             return super().forward(F.interpolate(x, scale_factor=2, mode="nearest"))
-        if conv3x3_in_bf16(x, self.weight, doubled=True):
-            return conv3x3(x, self.weight, self.bias, doubled=True)
         e = torch.eye(3, dtype=self.weight.dtype, device=x.device)
         taps = torch.stack([e[0], e[1] + e[2], e[0] + e[1], e[2]]).view(2, 2, 3)  # (phase, tap of 2, taps of 3 that it sums)
         weight = torch.einsum("aph,bqw,oihw->aboipq", taps, taps, self.weight).flatten(0, 2)
@@ -146,6 +146,18 @@ class UpConv(Conv3x3):
         for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):  # pixel (2i + a, 2j + b) is phase (a, b) at (i + a, j + b)
             y[:, :, a::2, b::2] = phases[:, a, b, :, a:a + H, b:b + W]
         return y
+
+
+class Skip(nn.Conv2d):
+    """h + the 1x1 convolution of x: x (B, C, H, W), h (B, C', H, W) -> (B, C', H, W). Where there is no gradient it is added to h in place."""
+
+    def __init__(self, channels, out_channels):
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, x, h):
+        if torch.is_grad_enabled():
+            return super().forward(x) + h
+        return add_conv1x1_(h, x, self.weight, self.bias)
 
 
 class ResBlock(nn.Module):
@@ -159,7 +171,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.ModuleDict({"0": NormSiLU(groups, channels), "2": first})
         self.emb_layers = nn.ModuleDict({"1": nn.Linear(emb_dim, 2 * out_channels)})
         self.out_layers = nn.ModuleDict({"0": NormSiLU(groups, out_channels), "3": zeroed(Conv3x3(out_channels, out_channels))})
-        self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        self.skip_connection = None if channels == out_channels else Skip(channels, out_channels)
 
     def forward(self, x, emb):
         h = self.in_layers["0"](x)
@@ -171,7 +183,8 @@ class ResBlock(nn.Module):
         h = self.out_layers["0"](h, self.emb_layers["1"](F.silu(emb)))
         if self.dropout:
             h = F.dropout(h, self.dropout, self.training)
-        return self.skip_connection(x) + self.out_layers["3"](h)
+        h = self.out_layers["3"](h)
+        return self.skip_connection(x, h) if self.skip_connection else x + h
 
 
 class AttentionBlock(nn.Module):

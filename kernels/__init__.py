@@ -1,4 +1,4 @@
-"""The fused kernels: the per-element mathematics of the flow, and the norm-activation and (on a CPU) 3x3 convolution of the network.
+"""The fused kernels: the per-element mathematics of the flow, and the norm-activation and (on a CPU) the convolutions of the network.
 
 Each public function has a PyTorch reference of the same name and signature in reference.py, which is the definition
 of right, and a fused implementation in csrc/, in C++ and CUDA. OFTSR_KERNELS chooses, once, at first use:
@@ -17,6 +17,7 @@ import os
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import build, reference
@@ -215,7 +216,7 @@ def group_norm_silu(x, groups, weight, bias, scale=None, shift=None, eps=1e-5):
 def conv3x3(x, weight, bias, doubled=False):
     """The 3x3 convolution with zeros around the picture: x (B, C, H, W), weight (O, C, 3, 3), bias (O,) -> (B, O, H, W).
 
-    doubled: of x doubled by repetition, (B, O, 2H, 2W).
+    doubled: of x doubled by repetition, (B, O, 2H, 2W), of whose products 11 in 36 are zeros, and left out.
     On the CPU, in float32 and between multiples of 32 channels, by Winograd's algorithm F(4x4, 3x3) (Lavin & Gray 2016),
     which multiplies a quarter as often and errs about four times as much as PyTorch's (with 32 channels 1.3e-6 of the
     result's deviation, with 512 4.5e-6); an Inf or NaN spreads over its tile. From `WINOGRAD_TILES` on, below which
@@ -224,14 +225,32 @@ def conv3x3(x, weight, bias, doubled=False):
     """
     if conv3x3_in_bf16(x, weight, doubled):
         return ops.conv3x3_bf16(x.bfloat16(), _winograd_weight(weight), bias.float(), doubled)
-    if (doubled or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or x.shape[1] % 32 or weight.shape[0] % 32
-            or _tiles(x) < WINOGRAD_TILES or torch.is_autocast_enabled("cpu") or not _native(x)):
+    if not conv3x3_in_float32(x, weight, doubled):
         return reference.conv3x3(x, weight, bias, doubled)
-    return ops.conv3x3(x, weight, bias)
+    return ops.conv3x3(x, weight, bias, doubled)
 
 
-def _tiles(x):
-    return x.shape[0] * (x.shape[-2] // 4) * (x.shape[-1] // 4)
+def _tiles(x, doubled):
+    return x.shape[0] * (x.shape[-2] // 4) * (x.shape[-1] // 4) << 2 * doubled
+
+
+def conv3x3_in_float32(x, weight, doubled=False):
+    """Whether conv3x3 goes by Winograd's algorithm in float32."""
+    return (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.shape[0] % 32 == weight.shape[1] % 32 == 0
+            and _tiles(x, doubled) >= WINOGRAD_TILES and not torch.is_autocast_enabled("cpu") and _native(x))
+
+
+@torch.no_grad()
+def add_conv1x1_(h, x, weight, bias):
+    """h += the 1x1 convolution of x, in place: h (B, O, H, W), x (B, C, H, W), weight (O, C, 1, 1), bias (O,). Returns h. No gradient.
+
+    By a kernel of ours on the CPU, in float32, between multiples of 32 channels, h in channels_last memory; elsewhere PyTorch's.
+    """
+    if (x.device.type != "cpu" or not h.dtype == x.dtype == weight.dtype == torch.float32 or weight.shape[0] % 32 or weight.shape[1] % 32
+            or h.stride() != (h[0].numel(), 1, h.shape[3] * h.shape[1], h.shape[1]) or torch.is_autocast_enabled("cpu") or not _native(x)):
+        return reference.add_conv1x1_(h, x, weight, bias)
+    ops.add_conv1x1_(h, x, weight, bias)
+    return h
 
 
 def conv3x3_in_bf16(x, weight, doubled=False):
@@ -244,7 +263,7 @@ def conv3x3_in_bf16(x, weight, doubled=False):
     able = (torch.is_inference_mode_enabled() and x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
             and not torch.compiler.is_compiling() and _native(x) and ops.multiplies_in_bf16() and not torch.cpu._is_amx_tile_supported())
     O, C = weight.shape[:2]
-    return able and weight.dtype == torch.float32 and not weight.is_inference() and O % 32 == C % 32 == 0 and O * C <= 512**2 and _tiles(x) << 2 * doubled >= WINOGRAD_TILES
+    return able and weight.dtype == torch.float32 and not weight.is_inference() and O % 32 == C % 32 == 0 and O * C <= 512**2 and _tiles(x, doubled) >= WINOGRAD_TILES
 
 
 def _winograd_weight(weight):
@@ -329,9 +348,10 @@ FAKE = {  # shapes, dtypes and memory formats of the outputs
     "distill_loss_backward": lambda grad, v_phi, *_: _new(v_phi, v_phi.shape[1]),
     "group_norm_silu": _norm_outputs,
     "group_norm_silu_backward": _norm_gradients,
-    "conv3x3": lambda x, weight, bias: _last(x, x.shape[0], weight.shape[0], *x.shape[2:]),
+    "conv3x3": lambda x, weight, bias, doubled: _last(x, x.shape[0], len(bias), *(side * (1 + doubled) for side in x.shape[2:])),
     "conv3x3_bf16": lambda x, U, bias, doubled: _last(x, x.shape[0], len(bias), *(side * (1 + doubled) for side in x.shape[2:])),
-    "conv3x3_weight_gradient": lambda x, dy: _last(x, dy.shape[1], x.shape[1], 3, 3),
+    "add_conv1x1_": lambda *_: None,
+    "conv3x3_weight_gradient": lambda x, dy, doubled: _last(x, dy.shape[1], x.shape[1], 3, 3),
     "to_uint8": lambda x: x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=torch.uint8),
 }
 
@@ -350,15 +370,17 @@ def _norm_backward(ctx, dy, *_):
 
 
 def _conv_context(ctx, inputs, output):
-    x, weight, _ = inputs
+    x, weight, _, ctx.doubled = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _conv_backward(ctx, dy):
     x, weight = ctx.saved_tensors
-    of_x, of_weight, of_bias = ctx.needs_input_grad
-    return (ops.conv3x3(dy, weight.transpose(0, 1).flip(2, 3), dy.new_zeros(x.shape[1])) if of_x else None,
-            ops.conv3x3_weight_gradient(x, dy) if of_weight else None, dy.sum((0, 2, 3)) if of_bias else None)
+    of_x, of_weight, of_bias, _ = ctx.needs_input_grad
+    dx = ops.conv3x3(dy, weight.transpose(0, 1).flip(2, 3), dy.new_zeros(x.shape[1]), False) if of_x else None
+    if of_x and ctx.doubled:
+        dx = F.avg_pool2d(dx, 2, divisor_override=1)  # a pixel's gradient is the sum over those that it stands for
+    return dx, ops.conv3x3_weight_gradient(x, dy, ctx.doubled) if of_weight else None, dy.sum((0, 2, 3)) if of_bias else None, None
 
 
 def _loss_context(ctx, inputs, output):

@@ -241,6 +241,11 @@ def conv3x3(x, weight, bias, doubled=False):
     return F.conv2d(x, weight, bias, padding=1)
 
 
+def add_conv1x1_(h, x, weight, bias):
+    """h += the 1x1 convolution of x, in place: h (B, O, H, W), x (B, C, H, W), weight (O, C, 1, 1), bias (O,). Returns h."""
+    return h.add_(F.conv2d(x, weight, bias))
+
+
 def to_uint8(x):
     """[-1, 1] to bytes: (B, C, H, W) float to (B, H, W, C) uint8, clamped, rounded half to even."""
     y = (_arith(x).clamp(-1, 1) * 127.5 + 127.5).round()

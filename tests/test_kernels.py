@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import build, reference
-from model import Conv3x3, UpConv
+from model import Conv3x3, Skip, UpConv
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -351,14 +351,15 @@ def conv_inputs(B, C, O, H, W, layout="channels_last"):
     return tensor(0, (B, C, H, W), torch.float32, layout), tensor(1, (O, C, 3, 3), torch.float32, layout) / (3 * C**0.5), tensor(2, (1, O, 1, 1), torch.float32, "contiguous").flatten()
 
 
+@pytest.mark.parametrize("doubled", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(1, 32, 32, 1, 1), (1, 32, 64, 16, 16), (2, 96, 32, 17, 22), (1, 64, 96, 3, 130), (3, 32, 32, 40, 41)], ids=str)
-def test_conv(size, layout):
+def test_conv(size, layout, doubled):
     """Winograd's convolution and its three gradients against float64, at sizes that tiles of 4x4 and blocks of tiles do not divide."""
     native("cpu")
     ours = [a.detach().requires_grad_() for a in conv_inputs(*size, layout)]
     exact = [a.detach().double().requires_grad_() for a in ours]
-    y, right = torch.ops.oftsr.conv3x3(*ours), reference.conv3x3(*exact)
+    y, right = torch.ops.oftsr.conv3x3(*ours, doubled), reference.conv3x3(*exact, doubled)
     dy = tensor(9, y.shape, torch.float32, layout)
     y.backward(dy)
     right.backward(dy.double())
@@ -375,7 +376,7 @@ def test_conv_where_it_pays(monkeypatch):
     monkeypatch.setattr(kernels, "ops", type("Spy", (), {name: staticmethod(lambda *args, name=name: calls.append(name) or getattr(ops, name)(*args))
                                                          for name in ("conv3x3", "conv3x3_weight_gradient")}))
     x, w, b = conv_inputs(1, 32, 32, 32, 32)
-    for args in ((x, w, b), conv_inputs(4, 32, 64, 16, 16)):  # the tiles of the batch
+    for args in ((x, w, b, False), (*conv_inputs(4, 32, 64, 16, 16), False), (x[:, :, 16:, 16:], w, b, True)):  # the tiles of the batch, those of the doubled picture
         assert torch.equal(kernels.conv3x3(*args), ops.conv3x3(*args)) and calls == ["conv3x3"]
         calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
@@ -390,8 +391,28 @@ def test_conv_where_it_pays(monkeypatch):
     kernels.conv3x3(x.detach(), w.requires_grad_(), b.requires_grad_()).sum().backward()  # of the first layer
     assert calls == ["conv3x3", "conv3x3_weight_gradient"] and b.grad.eq(32 * 32).all()
     calls.clear()
-    Conv3x3(32, 32).requires_grad_(False)(x.detach())
-    assert calls == ["conv3x3"]
+    Conv3x3(32, 32).requires_grad_(False)(x.detach()), UpConv(32, 32).requires_grad_(False)(x.detach()[:, :, :16, :16])
+    assert calls == ["conv3x3"] * 2
+
+
+@pytest.mark.parametrize("size", [(1, 32, 32, 1, 2), (2, 96, 32, 7, 11), (1, 224, 96, 20, 30), (3, 64, 128, 16, 9)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_added_conv1x1(size, layout, monkeypatch):
+    """In place and against float64, at numbers of pixels that blocks do not divide; Skip's two ways agree."""
+    native("cpu")
+    B, C, O, H, W = size
+    x, w, b = tensor(0, (B, C, H, W), torch.float32, layout), tensor(1, (O, C, 1, 1), torch.float32, layout) / C**0.5, tensor(2, (1, O, 1, 1), torch.float32, "contiguous").flatten()
+    h = tensor(3, (B, O, H, W), torch.float32, "channels_last")
+    right = reference.add_conv1x1_(h.double(), x.double(), w.double(), b.double())
+    skip = Skip(C, O)
+    skip.weight.data, skip.bias.data = w, b
+    with torch.no_grad():
+        y = skip(x, h.clone(memory_format=torch.channels_last))
+    assert (skip(x, h) - y).abs().max() < 1e-5 * right.abs().max()
+    torch.testing.assert_close(kernels.add_conv1x1_(h.clone(memory_format=torch.contiguous_format), x, w, b).double(), right, rtol=0, atol=1e-5 * right.abs().max().item())  # which has no kernel
+    monkeypatch.setattr(kernels, "reference", None)  # the kernel, then, and nothing else
+    assert kernels.add_conv1x1_(h, x, w, b) is h and torch.equal(h, y)
+    assert (h - right).abs().max() < 5e-6 * right.abs().max()
 
 
 class InBf16(torch.inference_mode):
@@ -524,7 +545,8 @@ def operator_calls():
         "distill_target": (v, v.clone(), t, s), "distill_loss": (g(phi), v, theta, t, s), "distill_loss_backward": (torch.ones(3), phi, v, theta, t, s),
         "group_norm_silu": (g(h), 32, g(w), g(b), g(scale), g(shift), 1e-5),
         "group_norm_silu_backward": (y, h, 32, w, b, scale, shift, mean, rstd), "to_uint8": (v,),
-        "conv3x3": (g(h), *map(g, conv_inputs(1, 32, 64, 1, 1)[1:])), "conv3x3_weight_gradient": (h, y),
+        "conv3x3": (g(h), *map(g, conv_inputs(1, 32, 64, 1, 1)[1:]), True), "conv3x3_weight_gradient": (h, y, False),
+        "add_conv1x1_": (torch.zeros(2, 64, 3, 4).contiguous(memory_format=torch.channels_last), h, torch.zeros(64, 32, 1, 1), torch.zeros(64)),
         "conv3x3_bf16": (h.bfloat16(), torch.zeros(36, 2, 16, 32, 2, dtype=torch.bfloat16), torch.zeros(64), True),
     }
 
@@ -583,10 +605,13 @@ ERRORS = {
     "x_1 must have the dtype of the other tensors.": lambda x: kernels.flow_training_pair(x.half(), x, torch.rand(2), 0.1, torch.arange(2)),
     "the 3 channels of x do not make 2 equal groups.": lambda x: kernels.group_norm_silu(x, 2, torch.ones(3), torch.zeros(3)),
     "weight must have the shape (C) with its channels next to one another; it has the shape (4).": lambda x: kernels.group_norm_silu(x, 3, torch.ones(4), torch.zeros(3)),
-    "weight must have the shape (O, 32, 3, 3), not (32, 32, 1, 1).": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 1, 1), torch.zeros(32)),
-    "conv3x3 takes multiples of 32 channels, not 3 to 32.": lambda x: torch.ops.oftsr.conv3x3(x, torch.zeros(32, 3, 3, 3), torch.zeros(32)),
-    "conv3x3 takes multiples of 32 channels, not 0 to 32.": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 0, 4, 4), torch.zeros(32, 0, 3, 3), torch.zeros(32)),
-    "dy must have the shape (1, O, 4, 4), not (1, 32, 4, 5).": lambda x: torch.ops.oftsr.conv3x3_weight_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 5)),
+    "weight must have the shape (O, 32, 3, 3), not (32, 32, 1, 1).": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 1, 1), torch.zeros(32), False),
+    "convolutions here take multiples of 32 channels, not 3 to 32.": lambda x: torch.ops.oftsr.conv3x3(x, torch.zeros(32, 3, 3, 3), torch.zeros(32), False),
+    "convolutions here take multiples of 32 channels, not 0 to 32.": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 0, 4, 4), torch.zeros(32, 0, 3, 3), torch.zeros(32), False),
+    "dy must have the shape (1, O, 4, 4), not (1, 32, 4, 5).": lambda x: torch.ops.oftsr.conv3x3_weight_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 5), False),
+    "h must lie in channels_last memory.": lambda x: torch.ops.oftsr.add_conv1x1_(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 1, 1), torch.zeros(32)),
+    "weight must have the shape (O, 32, 1, 1), not (32, 32, 3, 3).": lambda x: torch.ops.oftsr.add_conv1x1_(
+        torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 3, 3), torch.zeros(32)),
     "x must be a bfloat16 tensor on the CPU.": lambda x: torch.ops.oftsr.conv3x3_bf16(x, torch.zeros(1), torch.zeros(32), False),
     "U must be a transformed weight, bfloat16 (36, O / 32, 16, 32, 2), not (36, 1, 32, 32).": lambda x: torch.ops.oftsr.conv3x3_bf16(
         torch.zeros(1, 32, 4, 4).bfloat16(), torch.zeros(36, 1, 32, 32).bfloat16(), torch.zeros(32), False),

@@ -31,6 +31,7 @@ constexpr int LANES = 4;
 #endif
 constexpr int ROWS = LANES == 16 ? 12 : 6, COLUMNS = 2 * LANES;  // of the matrix product's blocks, whose sums stay in registers: 24 of 32, 12 of 16
 constexpr int64_t TILES = 3 * ROWS;                              // of a block
+constexpr int64_t PIXELS = 8 * ROWS;                             // of a block of the 1x1 convolution
 constexpr int GRADIENT_ROWS = 4;                                 // which divide the channels
 constexpr int64_t GRADIENT_TILES = 256;
 
@@ -176,8 +177,9 @@ template <bool INSIDE, class T> static void transform_input(const Window<T>& w, 
   }
 }
 
-// M (R, COLUMNS) = V (R, C) U (C, COLUMNS). As many values as U has come to the cache from `ahead`.
-template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, int64_t C, const T* ahead) {
+// M (R, COLUMNS), whose rows lie `stride` apart, = V (R, C) U (C, COLUMNS); with a bias, M + bias + that. As many values as U has come
+// to the cache from `ahead`.
+template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, int64_t C, const T* ahead, int64_t stride = COLUMNS, const float* bias = nullptr) {
   constexpr int EACH = sizeof(float) / sizeof(T), LINE = 16;  // channels in a lane; lanes in a line of the cache
   const float *v_words = reinterpret_cast<const float*>(V), *u_words = reinterpret_cast<const float*>(U), *ahead_words = reinterpret_cast<const float*>(ahead);
   Vector sum[R][2] = {};
@@ -193,8 +195,9 @@ template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, 
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) {
-    put(M + r * COLUMNS, sum[r][0]);
-    put(M + r * COLUMNS + LANES, sum[r][1]);
+    float* m = M + r * stride;
+    put(m, bias ? get(m) + (sum[r][0] + get(bias)) : sum[r][0]);
+    put(m + LANES, bias ? get(m + LANES) + (sum[r][1] + get(bias + LANES)) : sum[r][1]);
   }
 }
 
@@ -222,6 +225,15 @@ struct Tiling {
   }
 };
 
+// The positions whose products are wanted: of a doubled picture's rows and columns, whose pixels come in pairs, the point -1 makes 0.
+struct Positions {
+  int64_t count = 0, at[36];
+  Positions(bool without_minus_1) {
+    for (int64_t k = 0; k < 36; k++)
+      if (!without_minus_1 || (k / 6 != 2 && k % 6 != 2)) at[count++] = k;
+  }
+};
+
 // From x (B, H, W, C), or, doubled, from (B, H / 2, W / 2, C), each of whose pixels stands for 2x2.
 template <class T> static void transform_tile(Shape s, const T* x, int64_t b, int64_t top, int64_t left, T* V, int64_t stride, int64_t panel, int64_t doubled = 0) {
   Window<T> w;
@@ -240,8 +252,9 @@ template <class T> static void winograd(Shape s, int64_t O, const T* x, const T*
   int64_t C = s.C;
   int64_t v_step = TILES * C + sizeof(Vector) / sizeof(T), m_step = TILES * COLUMNS + LANES;  // odd cache lines: powers of two would share a few of the cache's sets
   Tiling tiles(s);
+  Positions wanted(doubled && inner<T> == 1);
   parallel_for(0, (tiles.count + TILES - 1) / TILES, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<Vector[]> room(new Vector[36 * (v_step * sizeof(T) / sizeof(Vector) + m_step / LANES)]);  // begins with a cache line
+    std::unique_ptr<Vector[]> room(new Vector[36 * (v_step * sizeof(T) / sizeof(Vector) + m_step / LANES)]());  // begins with a cache line
     float* M = reinterpret_cast<float*>(room.get());      // [36][TILES][COLUMNS]
     T* V = reinterpret_cast<T*>(M + 36 * m_step);         // [36][TILES][C]
     for (int64_t first = begin * TILES; first < std::min(tiles.count, end * TILES); first += TILES) {
@@ -250,8 +263,9 @@ template <class T> static void winograd(Shape s, int64_t O, const T* x, const T*
         transform_tile(s, x, b, top, left, V + t * C, v_step, COLUMNS, doubled);
       });
       for (int64_t o = 0; o < O; o += COLUMNS) {
-        for (int64_t k = 0; k < 36; k++) {
-          const T *v = V + k * v_step, *u = U + k * C * O + o * C, *next_v = V + (k + 1) % 36 * v_step, *next_u = U + (k + 1) % 36 * C * O + o * C;
+        for (int64_t i = 0; i < wanted.count; i++) {
+          int64_t k = wanted.at[i], next = wanted.at[(i + 1) % wanted.count];
+          const T *v = V + k * v_step, *u = U + k * C * O + o * C, *next_v = V + next * v_step, *next_u = U + next * C * O + o * C;
           float* m = M + k * m_step;
           int64_t t = 0;
           for (; t + ROWS <= n; t += ROWS) multiply<ROWS>(v + t * C, u, m + t * COLUMNS, C, t ? next_v + (t - ROWS) / ROWS * COLUMNS * C : next_u);
@@ -265,13 +279,30 @@ template <class T> static void winograd(Shape s, int64_t O, const T* x, const T*
   });
 }
 
-void conv3x3(Shape s, int64_t O, const float* x, const float* weight, const float* bias, float* y) {
+void conv3x3(Shape s, int64_t O, const float* x, const float* weight, const float* bias, float* y, bool doubled) {
   int64_t C = s.C;
   std::unique_ptr<float[]> U(new float[36 * C * O]);
   parallel_for(0, O / COLUMNS, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; p++) transform_kernels(weight + p * COLUMNS * 9 * C, C, U.get() + p * COLUMNS * C, C * O);
   });
-  winograd(s, O, x, U.get(), bias, y);
+  winograd(s, O, x, U.get(), bias, y, doubled);
+}
+
+// A 1x1 convolution is a matrix product, too: of a block of pixels that stays in the cache and COLUMNS output channels at a time.
+void add_conv1x1(int64_t P, int64_t C, int64_t O, const float* x, const float* weight, const float* bias, float* h) {
+  std::unique_ptr<float[]> U(new float[C * O]);  // [O / COLUMNS][C][COLUMNS]
+  for (int64_t o = 0; o < O; o++)
+    for (int64_t c = 0; c < C; c++) U[(o / COLUMNS * C + c) * COLUMNS + o % COLUMNS] = weight[o * C + c];
+  parallel_for(0, (P + PIXELS - 1) / PIXELS, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * PIXELS; first < std::min(P, end * PIXELS); first += PIXELS) {
+      int64_t last = std::min(P, first + PIXELS);
+      for (int64_t o = 0; o < O; o += COLUMNS) {
+        int64_t p = first;
+        for (; p + ROWS <= last; p += ROWS) multiply<ROWS>(x + p * C, &U[o * C], h + p * O + o, C, x + (p + ROWS) * C, O, bias + o);
+        for (; p < last; p++) multiply<1>(x + p * C, &U[o * C], h + p * O + o, C, x + (p + 1) * C, O, bias + o);
+      }
+    }
+  });
 }
 
 #ifdef __AVX512BF16__
@@ -309,21 +340,22 @@ static void multiply_transposed(const float* N, const float* V, float* U, int64_
   for (int r = 0; r < GRADIENT_ROWS; r++) put(U + r * C, sum[r][0]), put(U + r * C + LANES, sum[r][1]);
 }
 
-void conv3x3_weight_gradient(Shape s, int64_t O, const float* x, const float* dy, float* dweight) {
+void conv3x3_weight_gradient(Shape s, int64_t O, const float* x, const float* dy, float* dweight, bool doubled) {
   int64_t C = s.C, T = GRADIENT_TILES;
   Tiling tiles(s);
+  Positions wanted(doubled);
   std::unique_ptr<float[]> U(new float[36 * O * C]()), V(new float[36 * T * C]), N(new float[36 * T * O]);  // [36][O][C], [36][C / COLUMNS][T][COLUMNS], [36][T][O]
   for (int64_t first = 0; first < tiles.count; first += T) {
     int64_t n = std::min(T, tiles.count - first);
     parallel_for(0, n, 8, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) tiles.at(first + t, [&](int64_t b, int64_t top, int64_t left, int64_t rows, int64_t columns) {
-        transform_tile(s, x, b, top, left, V.get() + t * COLUMNS, T * C, T * COLUMNS);
+        transform_tile(s, x, b, top, left, V.get() + t * COLUMNS, T * C, T * COLUMNS, doubled);
         transform_gradient(dy + ((b * s.H + top) * s.W + left) * O, rows, columns, s.W, O, N.get() + t * O, T * O);
       });
     });
-    parallel_for(0, 36, 1, [&](int64_t begin, int64_t end) {  // one core a sum: its order does not depend on how many there are
-      for (int64_t k = begin; k < end; k++)
-        for (int64_t c = 0; c < C; c += COLUMNS)
+    parallel_for(0, wanted.count, 1, [&](int64_t begin, int64_t end) {  // one core a sum: its order does not depend on how many there are
+      for (int64_t i = begin; i < end; i++)
+        for (int64_t k = wanted.at[i], c = 0; c < C; c += COLUMNS)
           for (int64_t o = 0; o < O; o += GRADIENT_ROWS) multiply_transposed(N.get() + k * T * O + o, V.get() + k * T * C + c * T, U.get() + (k * O + o) * C + c, n, O, C);
     });
   }

@@ -74,13 +74,14 @@ template <class D> void group_norm_silu(D, const Norm&, double eps, double* work
 template <class D> void group_norm_silu_backward(D, const Norm&, View dy, double* workspace, View dx, void* dweight, void* dbias, void* dscale, void* dshift);
 
 // A 3x3 convolution of x (B, H, W, C) with zeros around it, weight (O, 3, 3, C), bias (O,), to y (B, H, W, O), float32 in
-// the CPU's memory; C and O multiples of 32. In cpu_conv.cpp.
-void conv3x3(Shape, int64_t O, const float* x, const float* weight, const float* bias, float* y);
-// The same in bf16, of a weight that is transformed already, U [36][O / 32][C / 2][32][2]; doubled: x is (B, H / 2, W / 2, C), each
-// of its pixels standing for 2x2. Only in a library compiled for processors that multiply in bf16 (AVX-512's, not AMX).
+// the CPU's memory; C and O multiples of 32. Doubled: x is (B, H / 2, W / 2, C), each of its pixels standing for 2x2. In cpu_conv.cpp.
+void conv3x3(Shape, int64_t O, const float* x, const float* weight, const float* bias, float* y, bool doubled);
+void conv3x3_weight_gradient(Shape, int64_t O, const float* x, const float* dy, float* dweight, bool doubled);
+// h (P, O) += x (P, C) weight (O, C)^T + bias (O,), float32 in the CPU's memory; C and O multiples of 32.
+void add_conv1x1(int64_t P, int64_t C, int64_t O, const float* x, const float* weight, const float* bias, float* h);
+// conv3x3 in bf16, of a weight that is transformed already, U [36][O / 32][C / 2][32][2]. Only in a library compiled for processors that multiply in bf16 (AVX-512's, not AMX).
 bool multiplies_in_bf16();
 void conv3x3_bf16(Shape, int64_t O, const bf16* x, const bf16* U, const float* bias, bf16* y, bool doubled);
-void conv3x3_weight_gradient(Shape, int64_t O, const float* x, const float* dy, float* dweight);
 
 // What happens to pictures in the world (degradations.py), stage by stage, float32 in the CPU's memory. In cpu_damage.cpp.
 enum class Method { area, bilinear, bicubic, antialiased };

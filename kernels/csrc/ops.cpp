@@ -403,7 +403,7 @@ static float* conv_values(const Tensor& x, const char* name, Tensor& kept) {
   return static_cast<float*>(kept.data_ptr());
 }
 
-static void check_channels(int64_t C, int64_t O) { check(C && O && C % 32 == 0 && O % 32 == 0, "conv3x3 takes multiples of 32 channels, not ", C, " to ", O, "."); }
+static void check_channels(int64_t C, int64_t O) { check(C && O && C % 32 == 0 && O % 32 == 0, "convolutions here take multiples of 32 channels, not ", C, " to ", O, "."); }
 
 static Tensor new_last(const Tensor& like, std::vector<int64_t> size) {
   Tensor y = allocated([&] { return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt, MemoryFormat::ChannelsLast); });
@@ -411,16 +411,29 @@ static Tensor new_last(const Tensor& like, std::vector<int64_t> size) {
   return y;
 }
 
-static Tensor conv3x3_(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+static Tensor conv3x3_(const Tensor& x, const Tensor& weight, const Tensor& bias, bool doubled) {
   Tensor x_kept, weight_kept;
   const float *in = conv_values(x, "x", x_kept), *kernel = conv_values(weight, "weight", weight_kept);
   Shape s = shape(x, "x"), k = shape(weight, "weight");
   check_channels(s.C, k.B);
   check(k.C == s.C && k.H == 3 && k.W == 3, "weight must have the shape (O, ", s.C, ", 3, 3), not ", shape_of(weight), ".");
   const void* offset = parameter(bias, "bias", x, {k.B});
+  s.H <<= doubled, s.W <<= doubled;
   Tensor y = new_last(x, {s.B, k.B, s.H, s.W});
-  if (!empty(s)) conv3x3(s, k.B, in, kernel, static_cast<const float*>(offset), static_cast<float*>(y.data_ptr()));
+  if (!empty(s)) conv3x3(s, k.B, in, kernel, static_cast<const float*>(offset), static_cast<float*>(y.data_ptr()), doubled);
   return y;
+}
+
+static void add_conv1x1_(const Tensor& h, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  Tensor x_kept, weight_kept;
+  const float *in = conv_values(x, "x", x_kept), *kernel = conv_values(weight, "weight", weight_kept);
+  Shape s = shape(x, "x"), k = shape(weight, "weight");
+  check(k.C == s.C && k.H == 1 && k.W == 1, "weight must have the shape (O, ", s.C, ", 1, 1), not ", shape_of(weight), ".");
+  check_channels(s.C, k.B);
+  View out = view_of_type(h, "h", {s.B, k.B, s.H, s.W}, x);
+  check(out.c == 1 && out.w == k.B && out.h == s.W * k.B && out.b == s.H * out.h, "h must lie in channels_last memory.");
+  const void* offset = parameter(bias, "bias", x, {k.B});
+  if (!empty(s)) add_conv1x1(s.B * s.H * s.W, s.C, k.B, in, kernel, static_cast<const float*>(offset), static_cast<float*>(h.data_ptr()));
 }
 
 // U: the transformed weight, as kernels.h says.
@@ -440,14 +453,15 @@ static Tensor conv3x3_bf16_(const Tensor& x, const Tensor& U, const Tensor& bias
   return y;
 }
 
-static Tensor conv3x3_weight_gradient_(const Tensor& x, const Tensor& dy) {
+static Tensor conv3x3_weight_gradient_(const Tensor& x, const Tensor& dy, bool doubled) {
   Tensor x_kept, dy_kept;
   const float *in = conv_values(x, "x", x_kept), *gradient = conv_values(dy, "dy", dy_kept);
   Shape s = shape(x, "x"), d = shape(dy, "dy");
   check_channels(s.C, d.C);
+  s.H <<= doubled, s.W <<= doubled;
   check(d.B == s.B && d.H == s.H && d.W == s.W, "dy must have the shape (", s.B, ", O, ", s.H, ", ", s.W, "), not ", shape_of(dy), ".");
   Tensor dweight = new_last(x, {d.C, s.C, 3, 3});
-  conv3x3_weight_gradient(s, d.C, in, gradient, static_cast<float*>(dweight.data_ptr()));
+  conv3x3_weight_gradient(s, d.C, in, gradient, static_cast<float*>(dweight.data_ptr()), doubled);
   return dweight;
 }
 
@@ -520,10 +534,11 @@ STABLE_TORCH_LIBRARY(oftsr, m) {
   m.def("group_norm_silu(Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("group_norm_silu_backward(Tensor dy, Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("conv3x3(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("conv3x3(Tensor x, Tensor weight, Tensor bias, bool doubled) -> Tensor");
+  m.def("add_conv1x1_(Tensor(a!) h, Tensor x, Tensor weight, Tensor bias) -> ()");
   m.def("multiplies_in_bf16() -> bool");
   m.def("conv3x3_bf16(Tensor x, Tensor U, Tensor bias, bool doubled) -> Tensor");
-  m.def("conv3x3_weight_gradient(Tensor x, Tensor dy) -> Tensor");
+  m.def("conv3x3_weight_gradient(Tensor x, Tensor dy, bool doubled) -> Tensor");
   m.def("to_uint8(Tensor x) -> Tensor");
   m.def("damage(Tensor x_1, Tensor seeds, Tensor first, Tensor stages, Tensor filters, Tensor steps, int h, int w) -> Tensor");
 }
@@ -543,6 +558,7 @@ STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_));
   m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward_));
   m.impl("conv3x3", TORCH_BOX(&conv3x3_));
+  m.impl("add_conv1x1_", TORCH_BOX(&add_conv1x1_));
   m.impl("conv3x3_bf16", TORCH_BOX(&conv3x3_bf16_));
   m.impl("conv3x3_weight_gradient", TORCH_BOX(&conv3x3_weight_gradient_));
   m.impl("to_uint8", TORCH_BOX(&to_uint8_));
