@@ -554,7 +554,10 @@ def batches(run, paths, seen):
 
 def next_batch(run, loader):
     """One batch on the device: x_1 and x_lr (B, 3, S, S) in [-1, 1], picture numbers n (B,), their noise seeds and times t in [0, 1), (B,)."""
-    x_1, n, *y = next(loader)
+    try:
+        x_1, n, *y = next(loader)
+    except (ConnectionError, EOFError) as e:  # it died while it handed a batch over; at any other time torch says it so
+        raise RuntimeError(f"DataLoader worker exited unexpectedly ({e or type(e).__name__})") from e
     x_1, seeds = to_float(x_1.to(run.device, non_blocking=True)), data.image_seeds(run.args.seed, n).to(run.device)
     return x_1, data.low_resolution(x_1, y, run.task, seeds), n, seeds, data.uniform_times(run.args.seed, n).to(run.device)
 

@@ -133,6 +133,15 @@ def test_the_same_command_starts_and_goes_on(photos, tmp_path, whole, monkeypatc
     assert [s["step"] for s in starts] == [0, step, 8] and starts[0]["settings"]["seed"] == 1337 and "torch" in starts[0]["versions"]
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_loader_that_dies_while_it_hands_over_is_a_dead_loader(error):
+    def loader():
+        raise error
+        yield
+    with pytest.raises(RuntimeError, match="DataLoader worker exited"):
+        training.next_batch(SimpleNamespace(), loader())
+
+
 def test_a_killed_rank_brings_the_job_back(photos, tmp_path):  # noqa: F811
     """torchrun --max-restarts 1: rank 1 is killed (-9) in the first life; the end is that of an undisturbed run with the same global batch."""
     script = tmp_path / "once.py"
