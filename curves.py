@@ -27,8 +27,8 @@ from dial import blend
 from evaluate import SHIPPED, check_together, load_networks
 from flow import one_step
 from kernels import euler_step_, to_uint8
+from machine import keep_freed_memory, pick_device, pick_dtype
 from metrics import load_lpips, psnr_rgb
-from model import keep_freed_memory, pick_device, pick_dtype
 from pairs import find_truth, load_truth
 from report import write_json
 from sample import FREE, REAL

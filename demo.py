@@ -117,7 +117,7 @@ TURNS = Turns()
 @functools.lru_cache(maxsize=8)
 def load(network, denoise=0.0):
     """(UNet, Task, arguments of sample.enlarge) of a row of NETWORKS, of the student for a place of the second dial. Between its layers the network looks whether it should go on."""
-    from model import pick_device, pick_dtype
+    from machine import pick_device, pick_dtype
     path, how = NETWORKS[network]
     net, _, task = sample.shipped(denoise) if network == STUDENT else sample.load(path)
     for layer in net.modules():

@@ -41,8 +41,9 @@ from console import InputError, Parser, Progress, check_file, in_range
 from degradations import H_T, H, observe, to_float
 from folders import check_memory, note
 from kernels import to_uint8
+from machine import join_processes, keep_freed_memory, pick_device, pick_dtype
 from metrics import ALONE, BACKBONES, FEW, FID_MODES, HIGHER, METRICS, USUAL, Metrics, measure, measure_sets, pick_metrics
-from model import UNet, join_processes, keep_freed_memory, load_model, pick_device, pick_dtype
+from model import UNet, load_model
 from niqe import check_blocks
 from partners import HIGH, LOW, find_partners
 from pairs import by_stem, check_pairs, clear, find_alone, find_pairs, find_truth, load_truth, stream_of, write_pairs

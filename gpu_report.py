@@ -17,6 +17,7 @@ import kernels
 import training
 from console import atomic_write, duration
 from kernels import build
+from machine import cpu_name
 
 ROOT = Path(__file__).resolve().parent
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -47,7 +48,7 @@ def machine(device):
     card = answer("nvidia-smi", "--query-gpu=name,memory.total,driver_version,compute_cap", "--format=csv,noheader") if device == "cuda" else None
     version = re.search(r"release ([\d.]+)", answer("nvcc", "--version") or "")
     served = ", ".join(kernels.extension_devices()) or "nothing"
-    return [f"{card or training.cpu_name()}; {platform.platform()}, python {platform.python_version()}, torch {torch.__version__}",
+    return [f"{card or cpu_name()}; {platform.platform()}, python {platform.python_version()}, torch {torch.__version__}",
             f"this code at {training.revision()}; CUDA toolkit {version[1] if version and build.cuda_home() else 'none (nvcc: the kernels for a card cannot be built without it)'}; the extension serves {served}"]
 
 

@@ -11,15 +11,12 @@ cannot know).
 Legend: x_1 HR image (t = 1), x_lr = H^T(H(x_1) + n), x_0 = noised x_lr (t = 0), x_t = (1-t) x_0 + t x_1.
 """
 import copy
-import ctypes
-import functools
 import importlib
 import math
 import os
 import sys
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -390,62 +387,6 @@ def count_macs(model, height, width, standard=False):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta(torch.empty(1, 2 * channels, height // model.factor, width // model.factor, device="meta"), torch.empty(1, device="meta"))
     return sum(counts) if standard else counter.get_total_flops() // 2
-
-
-# --- machine ---
-
-
-def pick_device(name="auto"):
-    """auto is the first that is there of cuda, mps, cpu; under torchrun each process takes its own GPU. Raises InputError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError("there are cuda, mps and cpu")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(f"no device {name!r} here: {str(e).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def join_processes(**how):
-    """Join the other processes that torchrun started, to speak with them on the CPU; how: init_process_group's. Raises InputError where they do not meet: a port in use, no answer."""
-    try:
-        dist.init_process_group("gloo", **how)
-    except (RuntimeError, ValueError) as e:
-        raise InputError(f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot join the others: {str(e).splitlines()[0]}") from None
-
-
-def pick_dtype(name, device):
-    """The one precision rule: auto is bfloat16 where the device computes in it, else float32; parameters stay float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    if name == "bfloat16" and not fast:
-        warn_once("this processor has no arithmetic in bfloat16: float32 is faster here (--dtype auto takes it)")
-    return getattr(torch, name) if name != "auto" else torch.bfloat16 if fast else torch.float32
-
-
-@functools.lru_cache(maxsize=None)
-def warn_once(words):
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(words, file=sys.stderr, flush=True)
-
-
-def keep_freed_memory():
-    """Have the C library (glibc; elsewhere nothing happens) keep for the next layer what a layer frees. For whole programs.
-
-    By default it hands large blocks back to the system at once and takes them anew, zeroed page by page: a tenth of
-    a training step on a CPU, and a third of the published network's time in float32 (LOG.md).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap...
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: ...which shrinks only when so much of its end is free
 
 
 # --- files ---

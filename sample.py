@@ -61,7 +61,7 @@ def _load(path, device, preset, mtime):  # mtime: a file that has changed is ano
 
 def load(ckpt=None, device="auto", preset=None):
     """The network of a checkpoint (default: the shipped student): (UNet, stage, Task or None). Kept between calls."""
-    from model import pick_device
+    from machine import pick_device
     path = Path(ckpt or WEIGHTS)
     return _load(str(path), pick_device(device), preset, path.stat().st_mtime if path.is_file() else None)
 
@@ -206,7 +206,7 @@ def upscale(image, t=None, seed=0, ckpt=None, device="auto", dtype="auto", tile=
 
     from data import TASKS
     from dial import read_map
-    from model import pick_device, pick_dtype
+    from machine import pick_device, pick_dtype
     if isinstance(image, (list, tuple)):  # each as if it were alone: the same noise, whatever its place
         share_of_all = progress and (lambda share: progress(share / len(image)))
         return [upscale(one, t, seed, ckpt, device, dtype, tile, solver, steps, outscale, t_map, consistent, share_of_all, model, denoise, **how) for one in image]
@@ -455,7 +455,8 @@ def prepare(args):
     from data import TASKS
     from dial import read_map
     from kernels import extension_devices
-    from model import PRESETS, keep_freed_memory, pick_device, pick_dtype
+    from machine import keep_freed_memory, pick_device, pick_dtype
+    from model import PRESETS
     for flag, names in (("preset", PRESETS), ("dataset", TASKS)):
         if (name := getattr(args, flag)) and name not in names:
             raise InputError(f"no --{flag} {name}: there are {', '.join(names)}" + (f"; of --model also {', '.join(MODELS)}" if flag == "preset" else ""))
@@ -489,7 +490,7 @@ def generate(args):
     from data import TASKS, image_seeds
     from flow import integrate
     from kernels import noise_augment, to_uint8
-    from model import pick_device, pick_dtype
+    from machine import pick_device, pick_dtype
     net, stage, task = load(args.ckpt, args.device, args.preset)
     check_unconditional(net, stage, task, "--generate")
     task, device, out = task or TASKS[args.dataset or "photos"], pick_device(args.device), Path(args.output)
@@ -548,7 +549,7 @@ def main(argv=None):
     jobs, more, told = plan(found, ts, task.scale, args)
     skipped += more
     if world > 1:
-        from model import join_processes
+        from machine import join_processes
         join_processes(timeout=timedelta(days=7))
         shared = [jobs]
         dist.broadcast_object_list(shared)

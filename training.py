@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import re
 import signal
 import statistics
 import subprocess
@@ -38,7 +37,8 @@ from checkpoints import copy_file, one_before, open_checkpoint, save_checkpoint
 from console import InputError, atomic_write, in_range
 from degradations import degrade, to_float
 from metrics import psnr_rgb
-from model import check_fits, count_macs, keep_freed_memory, named, network_of, pick_device, pick_dtype, save_release
+from machine import cpu_name, join_processes, keep_freed_memory, pick_device, pick_dtype
+from model import check_fits, count_macs, named, network_of, save_release
 from pictures import write_picture
 
 try:
@@ -200,13 +200,7 @@ def begin(stage, task, args, out_dir):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if world > 1:
-        try:
-            store, _, _ = next(dist.rendezvous("env://", rank, world))
-            # After torchrun --max-restarts the store may still say where the processes of the life before listened.
-            store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-        except (RuntimeError, ValueError) as e:  # no such backend, a port in use, no answer
-            raise InputError(f"process {rank} of {world} cannot join the others: {str(e).splitlines()[0]}") from None
+        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)  # the initial weights; everything else is drawn by picture number
     settings = {**vars(args), "world": world, "arithmetic": f"{device.type} {dtype}", "torch": str(torch.__version__)}
     return Run(stage, task, args, Path(out_dir), rank, world, local_world, device, dtype, settings)
@@ -699,15 +693,6 @@ def revision():
         return subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, env=above).stdout.strip() or None
     except OSError:  # no git
         return None
-
-
-def cpu_name():
-    """The processor as the system calls it, and the widest instructions that torch uses on it."""
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:  # not Linux
-        found = None
-    return f"{found[1] if found else platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def rewind_log(run, state):

@@ -10,6 +10,7 @@ import torch
 import bench
 import gpu_report
 import kernels
+import machine
 import model
 import sample
 import train_flow
@@ -28,7 +29,7 @@ def small(monkeypatch):
         pytest.skip("no fused kernels to measure here: no compiler, or OFTSR_KERNELS=torch")
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     monkeypatch.setattr(bench, "clock", once)
-    monkeypatch.setattr(model, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(machine, "keep_freed_memory", lambda: None)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import model as networks
 from console import InputError
 from checkpoints import load_checkpoint, save_checkpoint
 from model import PRESETS, UNet, UpConv, count_macs, load_model, network_config, save_release
@@ -112,20 +111,6 @@ def test_muon_takes_the_inner_convolutions_and_adam_the_rest():
     assert torch.equal(bias, before[1])
     assert (step * kernel.grad).sum() < 0 and step.square().mean().sqrt().item() == pytest.approx(0.2e-3, rel=0.3)
     assert len(make_optimizers(model, "adam", 1e-3, torch.float32)) == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the C library is not glibc")
-def test_freed_memory_is_kept():
-    """64 MiB forty times: by default 16,384 new pages each time (or 32 huge ones); kept, only until the heap has found its shape."""
-    code = """if True:
-        import resource, sys, torch
-        from model import keep_freed_memory
-        if "keep" in sys.argv: keep_freed_memory()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(40): torch.ones(2**24)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
-    run = lambda *args: int(subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent).stdout)
-    assert 3 * run("keep") < run()
 
 
 def test_count_macs_counts_a_convolution_by_hand():
@@ -259,14 +244,3 @@ def test_a_release_may_be_read_by_whom_any_new_file_may(tmp_path):
     (tmp_path / "plain").touch()
     save_release(tmp_path / "weights.safetensors", tiny(), dict(stage="flow"))
     assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-def test_bfloat16_is_said_to_be_slower_where_it_is(monkeypatch, capsys):
-    networks.warn_once.cache_clear()
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    cpu = torch.device("cpu")
-    for name, dtype, said in (("auto", torch.float32, 0), ("float32", torch.float32, 0), ("bfloat16", torch.bfloat16, 1), ("bfloat16", torch.bfloat16, 0)):
-        assert networks.pick_dtype(name, cpu) == dtype and capsys.readouterr().err.count("float32 is faster here") == said
-    networks.warn_once.cache_clear()
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert networks.pick_dtype("auto", cpu) == networks.pick_dtype("bfloat16", cpu) == torch.bfloat16 and not capsys.readouterr().err

@@ -24,7 +24,8 @@ from console import InputError
 from degradations import degrade, to_float
 from kernels import to_uint8
 from metrics import psnr_rgb
-from model import Stage, join_processes, load_model, network_of, save_release
+from machine import join_processes
+from model import Stage, load_model, network_of, save_release
 from teachers import read_state
 from test_model import tiny
 from test_train import ROOT, SMALL, gradient, log_of, photos, run, same, signals, teacher, torchrun  # noqa: F401, fixtures
