@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -54,11 +55,13 @@ def load_checkpoint(path):
         raise InputError(f"no checkpoint at {path}")
     try:
         check_zip(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle of another kind than torch.save's
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError as e:
         raise InputError(f"cannot read {path}: {e.strerror}") from e
     except Exception as e:  # the unpickler raises whatever the bytes lead it to
-        why = str(e) if isinstance(e, zipfile.BadZipFile) else "it would run code" if "eights only" in str(e) else type(e).__name__
+        why = str(e) if isinstance(e, (zipfile.BadZipFile, OSError, MemoryError)) else "it would run code" if "GLOBAL" in str(e) else "torch.save writes no such bytes"
         raise InputError(f"{path} is broken or not a checkpoint ({why})") from e
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} is not a checkpoint (it holds a {type(checkpoint).__name__})")

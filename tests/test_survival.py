@@ -2,10 +2,12 @@
 import json
 import math
 import os
+import pickle
 import signal
 import socket
 import subprocess
 import sys
+import warnings
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -417,6 +419,11 @@ def test_hostile_checkpoints_are_one_line_and_cost_no_memory(tmp_path):
     with pytest.raises(InputError, match="it would run code"):
         load_model(path)
     assert not (Path(__file__).parent / "it_ran").exists()
+    for content in (b"no weights at all", bytes(range(128, 256)), b"", pickle.dumps(dict(ema=[1]), 4)[:-3]):  # which would not
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="h.pt is broken or not a checkpoint .torch.save writes no such bytes.$"), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            load_model(path)
     torch.save(dict(ema=torch.zeros(10)), path)
     with zipfile.ZipFile(path) as z:
         records = {i.filename: z.read(i) for i in z.infolist()}
