@@ -160,8 +160,10 @@ def build(folder, path, cuda, again):
     except OSError as e:
         raise MissingTool(f"cannot write {folder} ({e.strerror}): name a folder that can be written in TORCH_EXTENSIONS_DIR") from None
     try:
-        with sign_of_life(), one_at_a_time(folder / "build.lock"):
+        with sign_of_life(), one_at_a_time(folder / "build.lock") as alone:
             if not path.exists():  # else another process was first
+                if alone:
+                    clear_dead(folder)
                 print(f"kernels: building the extension, once, in {folder} (some seconds; a minute or more on a busy machine)", file=sys.stderr, flush=True)
                 compile_in(work, cxx, flags, cuda)
                 os.replace(Path(work) / "oftsr_build.so", path)  # whole, or not there at all
@@ -173,6 +175,12 @@ def build(folder, path, cuda, again):
         raise MissingTool(why) from e
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def clear_dead(folder):
+    """Removes what builds that were killed left. Whoever waits for the lock has only an empty folder yet, and is left it."""
+    for left in folder.glob("build-*/*"):
+        shutil.rmtree(left.parent, ignore_errors=True)
 
 
 def gist(words):
@@ -194,7 +202,7 @@ def compile_in(work, cxx, flags, cuda):
 
 @contextmanager
 def one_at_a_time(lock):
-    """Other processes that would build wait here, and find it done; where the file system has no locks, each builds for itself."""
+    """Other processes that would build wait here, and find it done; gives whether it is so: where the file system has no locks, each builds for itself."""
     from filelock import FileLock, Timeout  # comes with torch; the system frees it when its process dies, however it dies
     held = FileLock(lock)
     try:
@@ -204,7 +212,7 @@ def one_at_a_time(lock):
     except (Timeout, OSError, NotImplementedError):
         pass
     try:
-        yield
+        yield held.is_locked
     finally:
         held.release()
 

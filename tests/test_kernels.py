@@ -692,7 +692,7 @@ def test_choice(tmp_path):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
 def test_what_did_not_build_is_not_tried_at_every_start(tmp_path):
-    """Until the compiler is another one, or OFTSR_KERNELS=ext asks."""
+    """Until the compiler is another one, or OFTSR_KERNELS=ext asks. What a killed build left goes with the next."""
     def start(**env):
         run = python(USE, tmp_path / "cache", CXX=f"ccache {cxx}", OFTSR_MARCH="x86-64", **env)  # no ccache here, or one that PyTorch finds itself
         stderr = run.communicate()[1]
@@ -707,8 +707,12 @@ def test_what_did_not_build_is_not_tried_at_every_start(tmp_path):
     assert code == 0 and not tried and "no c++20" in stderr and "tried again" in stderr and stderr.count("\n") == 1
     assert start(OFTSR_KERNELS="ext")[:2] == (1, True)
     wrapper(tmp_path / "cxx", f'echo try >> {tmp_path}/log; exec c++ "$@" -O0')  # mended
+    folder = next((tmp_path / "cache").glob("*/*"))
+    (folder / "build-killed").mkdir()
+    (folder / "build-killed" / "ops.o").touch()
     code, tried, stderr = start(OFTSR_KERNELS="auto")
     assert code == 0 and tried and "extension (" in stderr, stderr
+    assert not list(folder.glob("build-*"))
     # What was built for any x86-64 does not multiply in bfloat16, wherever it runs.
     conv = """import torch, kernels, torch.nn.functional as F
 x, w, b = torch.randn(1, 32, 32, 32), torch.randn(32, 32, 3, 3), torch.randn(32)
