@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from console import InputError, atomic_path, atomic_write
+from machine import out_of_memory
 
 
 def save_checkpoint(path, checkpoint):
@@ -61,7 +62,8 @@ def load_checkpoint(path):
     except PermissionError as e:
         raise InputError(f"cannot read {path}: {e.strerror}") from e
     except Exception as e:  # the unpickler raises whatever the bytes lead it to
-        why = str(e) if isinstance(e, (zipfile.BadZipFile, OSError, MemoryError)) else "it would run code" if "GLOBAL" in str(e) else "torch.save writes no such bytes"
+        why = (str(e) if isinstance(e, (zipfile.BadZipFile, OSError)) else "it would run code" if "GLOBAL" in str(e)
+               else "there is not enough memory for what it holds, or says it holds" if out_of_memory(e) else "torch.save writes no such bytes")
         raise InputError(f"{path} is broken or not a checkpoint ({why})") from e
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} is not a checkpoint (it holds a {type(checkpoint).__name__})")

@@ -252,7 +252,7 @@ def answering(call):
         except Stopped:
             return dict(message="cancelled" if opened.cancelled else "", later=not opened.cancelled)
         except (InputError, MemoryError, OSError, RuntimeError) as e:
-            from tiles import out_of_memory
+            from machine import out_of_memory
             if isinstance(e, RuntimeError) and not out_of_memory(e):
                 raise
             return dict(message="not enough memory for this picture" if out_of_memory(e) else str(e))

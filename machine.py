@@ -1,4 +1,4 @@
-"""The machine a program runs on: its device, the precision that suits it, the other processes that torchrun started."""
+"""The machine a program runs on: its device, the precision that suits it, its memory, the other processes that torchrun started."""
 import ctypes
 import functools
 import os
@@ -40,7 +40,7 @@ def pick_dtype(name, device):
 def gains_by_bf16():
     """Whether this processor makes more products a second in bfloat16 than in float32: with AMX, or AMD's with avx512_bf16.
 
-    Intel's avx512_bf16 without AMX (as virtual machines may hide it) makes no more than its two float32 units (LOG.md).
+    Intel's avx512_bf16 without AMX (as virtual machines may hide it) was measured to be the slower of the two (LOG.md).
     """
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and "GenuineIntel" not in cpu_info()
 
@@ -58,6 +58,13 @@ def cpu_name():
     text = cpu_info()
     found = re.search(r"model name\s*: (.*)", text)
     return f"{found[1] if found else text.splitlines()[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory did not suffice: on a CPU PyTorch has no class for that."""
+    words = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and (
+        "allocate memory" in words or "bad_alloc" in words or "out of memory" in words)
 
 
 @functools.lru_cache(maxsize=None)

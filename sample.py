@@ -391,7 +391,8 @@ def restore_file(net, task, picture, job, t, tile, args, dtype, note, progress, 
 
 def restore_job(network, job, ts, args, dtype, note, progress, **how):
     """All that is to be written for one picture. Raises InputError, OSError, ArithmeticError, MemoryError."""
-    from tiles import out_of_memory, pick_tile, smaller_tile
+    from machine import out_of_memory
+    from tiles import pick_tile, smaller_tile
     picture = read_picture(job.path, args.max_pixels, not args.no_metadata)
     for line in [*picture.notes, *{line for out in job.outs.values() for line in losses(out, picture.pixels.shape[2], picture.pixels.dtype)}]:
         progress.say(f"{job.path}: {line}", sys.stderr)
@@ -428,7 +429,7 @@ def resized_repeating(pixels, height, width):
 
 def run(jobs, network, ts, args, tally, progress, **how):
     """Restore the jobs [(number of all, how many there are, job)] one after the other, and count in tally. What one picture lacks is not the others' loss."""
-    from tiles import out_of_memory
+    from machine import out_of_memory
     for number, count, job in jobs:
         goal = progress.done + work(job, ts)
         progress.start(f"{number} of {count}: {job.path.name}")

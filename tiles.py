@@ -261,13 +261,6 @@ def free_memory(device):
     return min(free, default=4 * 2**30)
 
 
-def out_of_memory(error):
-    """Whether an exception says that memory did not suffice: on a CPU PyTorch has no class for that."""
-    words = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and (
-        "allocate memory" in words or "bad_alloc" in words or "out of memory" in words)
-
-
 def check_tile(tile, tile_pad):
     """Raises InputError where tiles of that size (0: none, "auto", "official") would be all overlap."""
     side = {"auto": TILE, "official": 0}.get(tile, tile)

@@ -36,8 +36,8 @@ import partners
 from checkpoints import copy_file, one_before, open_checkpoint, save_checkpoint
 from console import InputError, atomic_write, in_range
 from degradations import degrade, to_float
-from metrics import psnr_rgb
 from machine import cpu_name, join_processes, keep_freed_memory, pick_device, pick_dtype
+from metrics import psnr_rgb
 from model import check_fits, count_macs, named, network_of, save_release
 from pictures import write_picture
 

@@ -44,3 +44,10 @@ def test_freed_memory_is_kept():
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     run = lambda *args: int(subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent).stdout)
     assert 3 * run("keep") < run()
+
+
+@pytest.mark.parametrize("error, short", [
+    (MemoryError(), True), (torch.OutOfMemoryError("CUDA out of memory"), True), (RuntimeError("std::bad_alloc"), True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\nframe #0: ..."), True), (RuntimeError("a bug"), False)])
+def test_what_says_that_memory_did_not_suffice(error, short):
+    assert machine.out_of_memory(error) == short

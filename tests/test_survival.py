@@ -25,8 +25,8 @@ from checkpoints import load_checkpoint, load_tensors, save_checkpoint
 from console import InputError
 from degradations import degrade, to_float
 from kernels import to_uint8
-from metrics import psnr_rgb
 from machine import join_processes
+from metrics import psnr_rgb
 from model import Stage, load_model, network_of, save_release
 from teachers import read_state
 from test_model import tiny
@@ -424,6 +424,9 @@ def test_hostile_checkpoints_are_one_line_and_cost_no_memory(tmp_path):
         with pytest.raises(InputError, match="h.pt is broken or not a checkpoint .torch.save writes no such bytes.$"), warnings.catch_warnings():
             warnings.simplefilter("error")
             load_model(path)
+    with pytest.MonkeyPatch.context() as m, pytest.raises(InputError, match="h.pt is broken or not a checkpoint .there is not enough memory for what it holds"):
+        m.setattr(torch, "load", lambda *_, **__: torch.empty(2**60))
+        load_model(path)
     torch.save(dict(ema=torch.zeros(10)), path)
     with zipfile.ZipFile(path) as z:
         records = {i.filename: z.read(i) for i in z.infolist()}
