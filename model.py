@@ -145,6 +145,16 @@ class UpConv(Conv3x3):
         return y
 
 
+def add(h, x):
+    """h + x, or, of twice its height and width, h + x doubled by repetition: (B, C, H, W). Where there is no gradient it is added to h in place."""
+    doubled = h.shape != x.shape
+    if torch.is_grad_enabled():
+        return h + (F.interpolate(x, scale_factor=2, mode="nearest") if doubled else x)
+    for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)) if doubled else ():  # without the doubled x
+        h[:, :, a::2, b::2].add_(x)
+    return h if doubled else h.add_(x)
+
+
 class Skip(nn.Conv2d):
     """h + the 1x1 convolution of x: x (B, C, H, W), h (B, C', H, W) -> (B, C', H, W). Where there is no gradient it is added to h in place."""
 
@@ -153,6 +163,8 @@ class Skip(nn.Conv2d):
 
     def forward(self, x, h):
         if torch.is_grad_enabled():
+            if x.device.type == "cpu":  # as the matrix product that it is: for small batches on one core PyTorch's convolution copies x about
+                return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1) + h
             return super().forward(x) + h
         return add_conv1x1_(h, x, self.weight, self.bias)
 
@@ -174,14 +186,12 @@ class ResBlock(nn.Module):
         h = self.in_layers["0"](x)
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resample == "up":
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
         h = self.in_layers["2"](h)
         h = self.out_layers["0"](h, self.emb_layers["1"](F.silu(emb)))
         if self.dropout:
             h = F.dropout(h, self.dropout, self.training)
         h = self.out_layers["3"](h)
-        return self.skip_connection(x, h) if self.skip_connection else x + h
+        return self.skip_connection(x, h) if self.skip_connection else add(h, x)
 
 
 class AttentionBlock(nn.Module):

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import build, reference
 
 ops = torch.ops.oftsr
-WINOGRAD_TILES = 64  # of 4x4 pixels, whole ones, in a batch: from here on conv3x3 is ours
+WINOGRAD_TILES = 24  # of 4x4 pixels, whole ones, in a batch: from here on conv3x3 is ours
 _winograd_weights = WeakIdKeyDictionary()
 _chosen = None  # the device types that the extension serves, once chosen
 
@@ -351,6 +351,7 @@ FAKE = {  # shapes, dtypes and memory formats of the outputs
     "conv3x3": lambda x, weight, bias, doubled: _last(x, x.shape[0], len(bias), *(side * (1 + doubled) for side in x.shape[2:])),
     "conv3x3_bf16": lambda x, U, bias, doubled: _last(x, x.shape[0], len(bias), *(side * (1 + doubled) for side in x.shape[2:])),
     "add_conv1x1_": lambda *_: None,
+    "conv3x3_input_gradient": lambda dy, weight: _last(dy, dy.shape[0], weight.shape[1], *dy.shape[2:]),
     "conv3x3_weight_gradient": lambda x, dy, doubled: _last(x, dy.shape[1], x.shape[1], 3, 3),
     "to_uint8": lambda x: x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=torch.uint8),
 }
@@ -377,7 +378,8 @@ def _conv_context(ctx, inputs, output):
 def _conv_backward(ctx, dy):
     x, weight = ctx.saved_tensors
     of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-    dx = ops.conv3x3(dy, weight.transpose(0, 1).flip(2, 3), dy.new_zeros(x.shape[1]), False) if of_x else None
+    dy = dy.contiguous(memory_format=torch.channels_last)  # once for all three
+    dx = ops.conv3x3_input_gradient(dy, weight) if of_x else None
     if of_x and ctx.doubled:
         dx = F.avg_pool2d(dx, 2, divisor_override=1)  # a pixel's gradient is the sum over those that it stands for
     return dx, ops.conv3x3_weight_gradient(x, dy, ctx.doubled) if of_weight else None, dy.sum((0, 2, 3)) if of_bias else None, None

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import build, reference
-from model import Conv3x3, Skip, UpConv
+from model import Conv3x3, Skip, UpConv, add
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -344,6 +344,17 @@ def test_bits_repeat(device):
         assert all(map(torch.equal, runs[0], other))
 
 
+def test_added_with_and_without_gradient():
+    """model.add, of a map and of one that is doubled: in place where there is no gradient, and the same bits."""
+    x = tensor(0, (2, 32, 4, 6), torch.float32, "channels_last")
+    for times in (1, 2):
+        h = tensor(1, (2, 32, 4 * times, 6 * times), torch.float32, "channels_last")
+        right = h + x.repeat_interleave(times, 2).repeat_interleave(times, 3)
+        assert torch.equal(add(h, x), right)
+        with torch.no_grad():
+            assert add(h, x) is h and torch.equal(h, right)
+
+
 # ---- the convolution
 
 
@@ -374,24 +385,24 @@ def test_conv_where_it_pays(monkeypatch):
     native("cpu")
     ops, calls = torch.ops.oftsr, []
     monkeypatch.setattr(kernels, "ops", type("Spy", (), {name: staticmethod(lambda *args, name=name: calls.append(name) or getattr(ops, name)(*args))
-                                                         for name in ("conv3x3", "conv3x3_weight_gradient")}))
-    x, w, b = conv_inputs(1, 32, 32, 32, 32)
-    for args in ((x, w, b, False), (*conv_inputs(4, 32, 64, 16, 16), False), (x[:, :, 16:, 16:], w, b, True)):  # the tiles of the batch, those of the doubled picture
+                                                         for name in ("conv3x3", "conv3x3_input_gradient", "conv3x3_weight_gradient")}))
+    x, w, b = conv_inputs(1, 32, 32, 16, 24)
+    for args in ((x, w, b, False), (*conv_inputs(4, 32, 64, 8, 12), False), (x[:, :, 8:, 12:], w, b, True)):  # the tiles of the batch, those of the doubled picture
         assert torch.equal(kernels.conv3x3(*args), ops.conv3x3(*args)) and calls == ["conv3x3"]
         calls.clear()
     with torch.autocast("cpu", torch.bfloat16):
         assert kernels.conv3x3(x, w, b).dtype == torch.bfloat16
-    few = [conv_inputs(1, 32, 32, 31, 32), conv_inputs(1, 32, 32, 3, 3000), conv_inputs(3, 32, 32, 16, 19)]
+    few = [conv_inputs(1, 32, 32, 15, 24), conv_inputs(1, 32, 32, 3, 3000), conv_inputs(3, 32, 32, 8, 15)]
     for args in (*few, conv_inputs(1, 48, 32, 32, 32), conv_inputs(1, 32, 12, 32, 32), (x.double(), w.double(), b.double())):
         assert torch.equal(kernels.conv3x3(*args), F.conv2d(*args, padding=1))
     assert not calls
     kernels.conv3x3(x.requires_grad_(), w, b).sum().backward()  # through frozen weights
-    assert calls == ["conv3x3"] * 2 and w.grad is b.grad is None
+    assert calls == ["conv3x3", "conv3x3_input_gradient"] and w.grad is b.grad is None
     calls.clear()
     kernels.conv3x3(x.detach(), w.requires_grad_(), b.requires_grad_()).sum().backward()  # of the first layer
-    assert calls == ["conv3x3", "conv3x3_weight_gradient"] and b.grad.eq(32 * 32).all()
+    assert calls == ["conv3x3", "conv3x3_weight_gradient"] and b.grad.eq(16 * 24).all()
     calls.clear()
-    Conv3x3(32, 32).requires_grad_(False)(x.detach()), UpConv(32, 32).requires_grad_(False)(x.detach()[:, :, :16, :16])
+    Conv3x3(32, 32).requires_grad_(False)(x.detach()), UpConv(32, 32).requires_grad_(False)(x.detach()[:, :, :8, :12])
     assert calls == ["conv3x3"] * 2
 
 
@@ -545,7 +556,7 @@ def operator_calls():
         "distill_target": (v, v.clone(), t, s), "distill_loss": (g(phi), v, theta, t, s), "distill_loss_backward": (torch.ones(3), phi, v, theta, t, s),
         "group_norm_silu": (g(h), 32, g(w), g(b), g(scale), g(shift), 1e-5),
         "group_norm_silu_backward": (y, h, 32, w, b, scale, shift, mean, rstd), "to_uint8": (v,),
-        "conv3x3": (g(h), *map(g, conv_inputs(1, 32, 64, 1, 1)[1:]), True), "conv3x3_weight_gradient": (h, y, False),
+        "conv3x3": (g(h), *map(g, conv_inputs(1, 32, 64, 1, 1)[1:]), True), "conv3x3_input_gradient": (h, torch.zeros(32, 64, 3, 3)), "conv3x3_weight_gradient": (h, y, False),
         "add_conv1x1_": (torch.zeros(2, 64, 3, 4).contiguous(memory_format=torch.channels_last), h, torch.zeros(64, 32, 1, 1), torch.zeros(64)),
         "conv3x3_bf16": (h.bfloat16(), torch.zeros(36, 2, 16, 32, 2, dtype=torch.bfloat16), torch.zeros(64), True),
     }
@@ -608,6 +619,7 @@ ERRORS = {
     "weight must have the shape (O, 32, 3, 3), not (32, 32, 1, 1).": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 1, 1), torch.zeros(32), False),
     "convolutions here take multiples of 32 channels, not 3 to 32.": lambda x: torch.ops.oftsr.conv3x3(x, torch.zeros(32, 3, 3, 3), torch.zeros(32), False),
     "convolutions here take multiples of 32 channels, not 0 to 32.": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 0, 4, 4), torch.zeros(32, 0, 3, 3), torch.zeros(32), False),
+    "weight must have the shape (32, C, 3, 3), not (64, 32, 3, 3).": lambda x: torch.ops.oftsr.conv3x3_input_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(64, 32, 3, 3)),
     "dy must have the shape (1, O, 4, 4), not (1, 32, 4, 5).": lambda x: torch.ops.oftsr.conv3x3_weight_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 5), False),
     "h must lie in channels_last memory.": lambda x: torch.ops.oftsr.add_conv1x1_(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 1, 1), torch.zeros(32)),
     "weight must have the shape (O, 32, 1, 1), not (32, 32, 3, 3).": lambda x: torch.ops.oftsr.add_conv1x1_(

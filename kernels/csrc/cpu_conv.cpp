@@ -32,11 +32,15 @@ constexpr int LANES = 4;
 constexpr int ROWS = LANES == 16 ? 12 : 6, COLUMNS = 2 * LANES;  // of the matrix product's blocks, whose sums stay in registers: 24 of 32, 12 of 16
 constexpr int64_t TILES = 3 * ROWS;                              // of a block
 constexpr int64_t PIXELS = 8 * ROWS;                             // of a block of the 1x1 convolution
-constexpr int GRADIENT_ROWS = 4;                                 // which divide the channels
-constexpr int64_t GRADIENT_TILES = 256;
+constexpr int GRADIENT_ROWS = LANES == 16 ? 8 : 4;               // which divide the channels
+constexpr int64_t GRADIENT_TILES = 32, GRADIENT_ROOM = 1 << 17;  // at least so many tiles, whose V and N have about so many floats: half a megabyte, of a core's cache
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+// Values in a line of the cache. The 36 positions of what is transformed lie an odd number of lines apart: powers of two would share a
+// few of the cache's sets.
+template <class T> constexpr int64_t LINE = 64 / sizeof(T);
 
 OFTSR Vector get(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 OFTSR void put(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
@@ -148,14 +152,24 @@ template <int N, int M, auto TRANSFORM, class Load, class Store> OFTSR void both
 // positions lies `stride` after the one before.
 static void transform_kernels(const float* weight, int64_t C, float* U, int64_t stride) {
   for (int64_t c = 0; c < C; c += LANES) {
-    float turned[36][LANES][COLUMNS];
-    for (int o = 0; o < COLUMNS; o++) {
-      both_ways<3, 6, kernel_points>([&](int i, int j) { return get(weight + (o * 9 + i * 3 + j) * C + c); }, [&](int i, int j, Vector u) {
-        for (int lane = 0; lane < LANES; lane++) turned[i * 6 + j][lane][o] = u[lane];
-      });
-    }
-    for (int k = 0; k < 36; k++) memcpy(U + k * stride + c * COLUMNS, turned[k], sizeof turned[k]);
+    float turned[9][LANES][COLUMNS];
+    for (int o = 0; o < COLUMNS; o++)
+      for (int k = 0; k < 9; k++)
+        for (int lane = 0; lane < LANES; lane++) turned[k][lane][o] = weight[(o * 9 + k) * C + c + lane];
+    for (int lane = 0; lane < LANES; lane++)
+      for (int o = 0; o < COLUMNS; o += LANES)
+        both_ways<3, 6, kernel_points>([&](int i, int j) { return get(&turned[i * 3 + j][lane][o]); },
+                                       [&](int i, int j, Vector u) { put(U + (i * 6 + j) * stride + (c + lane) * COLUMNS + o, u); });
   }
+}
+
+// The same of the convolution that takes gradients back from O to C channels, of the kernels turned by 180 degrees: of COLUMNS
+// of the C channels, from the first of them on, to U[36][O][COLUMNS].
+static void transform_turned(const float* weight, int64_t C, int64_t O, float* U, int64_t stride) {
+  for (int64_t o = 0; o < O; o++)
+    for (int64_t c = 0; c < COLUMNS; c += LANES)
+      both_ways<3, 6, kernel_points>([&](int i, int j) { return get(weight + (o * 9 + (2 - i) * 3 + 2 - j) * C + c); },
+                                     [&](int i, int j, Vector u) { put(U + (i * 6 + j) * stride + o * COLUMNS + c, u); });
 }
 
 // A tile's 6x6 inputs: where its rows begin, and its columns in them; null and -1 beyond the picture, where there are zeros.
@@ -180,12 +194,12 @@ template <bool INSIDE, class T> static void transform_input(const Window<T>& w, 
 // M (R, COLUMNS), whose rows lie `stride` apart, = V (R, C) U (C, COLUMNS); with a bias, M + bias + that. As many values as U has come
 // to the cache from `ahead`.
 template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, int64_t C, const T* ahead, int64_t stride = COLUMNS, const float* bias = nullptr) {
-  constexpr int EACH = sizeof(float) / sizeof(T), LINE = 16;  // channels in a lane; lanes in a line of the cache
+  constexpr int EACH = sizeof(float) / sizeof(T);  // channels in a lane
   const float *v_words = reinterpret_cast<const float*>(V), *u_words = reinterpret_cast<const float*>(U), *ahead_words = reinterpret_cast<const float*>(ahead);
   Vector sum[R][2] = {};
   for (int64_t c = 0; c < C / EACH; c++) {
     Vector u0 = get(u_words + c * COLUMNS), u1 = get(u_words + c * COLUMNS + LANES);
-    for (int i = 0; i < COLUMNS; i += LINE) __builtin_prefetch(ahead_words + c * COLUMNS + i);
+    for (int i = 0; i < COLUMNS; i += LINE<float>) __builtin_prefetch(ahead_words + c * COLUMNS + i);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
       Vector v = repeat(v_words[r * C / EACH + c]);
@@ -204,7 +218,7 @@ template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, 
 // A^T m A + bias of COLUMNS channels, as much of the 4x4 as lies in the picture, to y (H, W, O) from the tile's corner on.
 template <class T> static void transform_output(const float* M, int64_t stride, const float* bias, T* y, int64_t rows, int64_t columns, int64_t W, int64_t O) {
   for (int64_t o = 0; o < COLUMNS; o += LANES) {
-    Vector b = get(bias + o);
+    Vector b = bias ? get(bias + o) : Vector{};
     both_ways<6, 4, output_values<T>>([&](int i, int j) { return get(M + (i * 6 + j) * stride + o); }, [&](int i, int j, Vector v) {
       if (i >= rows || j >= columns) return;
       T* out = y + (i * W + j) * O + o;
@@ -247,14 +261,15 @@ template <class T> static void transform_tile(Shape s, const T* x, int64_t b, in
   (inside ? transform_input<true, T> : transform_input<false, T>)(w, s.C, V, stride, panel);
 }
 
-// With U [36][O / COLUMNS][C][COLUMNS], in bf16 [36][O / COLUMNS][C / 2][COLUMNS][2]; s is y's shape but for its channels.
-template <class T> static void winograd(Shape s, int64_t O, const T* x, const T* U, const float* bias, T* y, int64_t doubled = 0) {
+// With U [36][O / COLUMNS][C][COLUMNS], whose positions lie u_step apart, in bf16 [36][O / COLUMNS][C / 2][COLUMNS][2]; bias (O,) or
+// null; s is y's shape but for its channels.
+template <class T> static void winograd(Shape s, int64_t O, const T* x, const T* U, int64_t u_step, const float* bias, T* y, int64_t doubled = 0) {
   int64_t C = s.C;
-  int64_t v_step = TILES * C + sizeof(Vector) / sizeof(T), m_step = TILES * COLUMNS + LANES;  // odd cache lines: powers of two would share a few of the cache's sets
+  int64_t v_step = TILES * C + LINE<T>, m_step = TILES * COLUMNS + LINE<float>;
   Tiling tiles(s);
   Positions wanted(doubled && inner<T> == 1);
   parallel_for(0, (tiles.count + TILES - 1) / TILES, 1, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<Vector[]> room(new Vector[36 * (v_step * sizeof(T) / sizeof(Vector) + m_step / LANES)]());  // begins with a cache line
+    std::unique_ptr<Vector[]> room(new Vector[36 * (v_step * sizeof(T) + m_step * sizeof(float)) / sizeof(Vector)]());  // begins with a cache line
     float* M = reinterpret_cast<float*>(room.get());      // [36][TILES][COLUMNS]
     T* V = reinterpret_cast<T*>(M + 36 * m_step);         // [36][TILES][C]
     for (int64_t first = begin * TILES; first < std::min(tiles.count, end * TILES); first += TILES) {
@@ -265,14 +280,14 @@ template <class T> static void winograd(Shape s, int64_t O, const T* x, const T*
       for (int64_t o = 0; o < O; o += COLUMNS) {
         for (int64_t i = 0; i < wanted.count; i++) {
           int64_t k = wanted.at[i], next = wanted.at[(i + 1) % wanted.count];
-          const T *v = V + k * v_step, *u = U + k * C * O + o * C, *next_v = V + next * v_step, *next_u = U + next * C * O + o * C;
+          const T *v = V + k * v_step, *u = U + k * u_step + o * C, *next_v = V + next * v_step, *next_u = U + next * u_step + o * C;
           float* m = M + k * m_step;
           int64_t t = 0;
           for (; t + ROWS <= n; t += ROWS) multiply<ROWS>(v + t * C, u, m + t * COLUMNS, C, t ? next_v + (t - ROWS) / ROWS * COLUMNS * C : next_u);
           for (; t < n; t++) multiply<1>(v + t * C, u, m + t * COLUMNS, C, next_v);
         }
         for (int64_t t = 0; t < n; t++) tiles.at(first + t, [&](int64_t b, int64_t top, int64_t left, int64_t rows, int64_t columns) {
-          transform_output(M + t * COLUMNS, m_step, bias + o, y + ((b * s.H + top) * s.W + left) * O + o, rows, columns, s.W, O);
+          transform_output(M + t * COLUMNS, m_step, bias ? bias + o : bias, y + ((b * s.H + top) * s.W + left) * O + o, rows, columns, s.W, O);
         });
       }
     }
@@ -280,12 +295,21 @@ template <class T> static void winograd(Shape s, int64_t O, const T* x, const T*
 }
 
 void conv3x3(Shape s, int64_t O, const float* x, const float* weight, const float* bias, float* y, bool doubled) {
-  int64_t C = s.C;
-  std::unique_ptr<float[]> U(new float[36 * C * O]);
+  int64_t C = s.C, step = C * O + LINE<float>;
+  std::unique_ptr<float[]> U(new float[36 * step]);
   parallel_for(0, O / COLUMNS, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) transform_kernels(weight + p * COLUMNS * 9 * C, C, U.get() + p * COLUMNS * C, C * O);
+    for (int64_t p = begin; p < end; p++) transform_kernels(weight + p * COLUMNS * 9 * C, C, U.get() + p * COLUMNS * C, step);
   });
-  winograd(s, O, x, U.get(), bias, y, doubled);
+  winograd(s, O, x, U.get(), step, bias, y, doubled);
+}
+
+void conv3x3_input_gradient(Shape s, int64_t C, const float* dy, const float* weight, float* dx) {
+  int64_t O = s.C, step = C * O + LINE<float>;
+  std::unique_ptr<float[]> U(new float[36 * step]);
+  parallel_for(0, C / COLUMNS, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) transform_turned(weight + p * COLUMNS, C, O, U.get() + p * COLUMNS * O, step);
+  });
+  winograd(s, C, dy, U.get(), step, nullptr, dx);
 }
 
 // A 1x1 convolution is a matrix product, too: of a block of pixels that stays in the cache and COLUMNS output channels at a time.
@@ -307,7 +331,7 @@ void add_conv1x1(int64_t P, int64_t C, int64_t O, const float* x, const float* w
 
 #ifdef __AVX512BF16__
 bool multiplies_in_bf16() { return true; }
-void conv3x3_bf16(Shape s, int64_t O, const bf16* x, const bf16* U, const float* bias, bf16* y, bool doubled) { winograd(s, O, x, U, bias, y, doubled); }
+void conv3x3_bf16(Shape s, int64_t O, const bf16* x, const bf16* U, const float* bias, bf16* y, bool doubled) { winograd(s, O, x, U, s.C * O, bias, y, doubled); }
 #else
 bool multiplies_in_bf16() { return false; }
 void conv3x3_bf16(Shape, int64_t, const bf16*, const bf16*, const float*, bf16*, bool) {}
@@ -325,44 +349,45 @@ static void transform_gradient(const float* dy, int64_t rows, int64_t columns, i
 // U (GRADIENT_ROWS, COLUMNS) += N (n, GRADIENT_ROWS)^T V (n, COLUMNS); rows of N lie O apart, those of U C.
 static void multiply_transposed(const float* N, const float* V, float* U, int64_t n, int64_t O, int64_t C) {
   Vector sum[GRADIENT_ROWS][2];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < GRADIENT_ROWS; r++) sum[r][0] = get(U + r * C), sum[r][1] = get(U + r * C + LANES);
   for (int64_t t = 0; t < n; t++) {
     Vector v0 = get(V + t * COLUMNS), v1 = get(V + t * COLUMNS + LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < GRADIENT_ROWS; r++) {
       Vector a = repeat(N[t * O + r]);
       sum[r][0] = fma(a, v0, sum[r][0]);
       sum[r][1] = fma(a, v1, sum[r][1]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < GRADIENT_ROWS; r++) put(U + r * C, sum[r][0]), put(U + r * C + LANES, sum[r][1]);
 }
 
 void conv3x3_weight_gradient(Shape s, int64_t O, const float* x, const float* dy, float* dweight, bool doubled) {
-  int64_t C = s.C, T = GRADIENT_TILES;
+  int64_t C = s.C, T = std::max<int64_t>(GRADIENT_TILES, GRADIENT_ROOM / (36 * (C + O)));  // tiles of a block
+  int64_t v_step = T * C + LINE<float>, n_step = T * O + LINE<float>, u_step = O * C + LINE<float>;
   Tiling tiles(s);
   Positions wanted(doubled);
-  std::unique_ptr<float[]> U(new float[36 * O * C]()), V(new float[36 * T * C]), N(new float[36 * T * O]);  // [36][O][C], [36][C / COLUMNS][T][COLUMNS], [36][T][O]
+  std::unique_ptr<float[]> U(new float[36 * u_step]()), V(new float[36 * v_step]), N(new float[36 * n_step]);  // [36][O][C], [36][C / COLUMNS][T][COLUMNS], [36][T][O]
   for (int64_t first = 0; first < tiles.count; first += T) {
     int64_t n = std::min(T, tiles.count - first);
     parallel_for(0, n, 8, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++) tiles.at(first + t, [&](int64_t b, int64_t top, int64_t left, int64_t rows, int64_t columns) {
-        transform_tile(s, x, b, top, left, V.get() + t * COLUMNS, T * C, T * COLUMNS, doubled);
-        transform_gradient(dy + ((b * s.H + top) * s.W + left) * O, rows, columns, s.W, O, N.get() + t * O, T * O);
+        transform_tile(s, x, b, top, left, V.get() + t * COLUMNS, v_step, T * COLUMNS, doubled);
+        transform_gradient(dy + ((b * s.H + top) * s.W + left) * O, rows, columns, s.W, O, N.get() + t * O, n_step);
       });
     });
     parallel_for(0, wanted.count, 1, [&](int64_t begin, int64_t end) {  // one core a sum: its order does not depend on how many there are
       for (int64_t i = begin; i < end; i++)
         for (int64_t k = wanted.at[i], c = 0; c < C; c += COLUMNS)
-          for (int64_t o = 0; o < O; o += GRADIENT_ROWS) multiply_transposed(N.get() + k * T * O + o, V.get() + k * T * C + c * T, U.get() + (k * O + o) * C + c, n, O, C);
+          for (int64_t o = 0; o < O; o += GRADIENT_ROWS) multiply_transposed(N.get() + k * n_step + o, V.get() + k * v_step + c * T, U.get() + k * u_step + o * C + c, n, O, C);
     });
   }
   parallel_for(0, O, 1, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; o++)
       for (int64_t c = 0; c < C; c += LANES) {
-        both_ways<6, 3, kernel_gradient>([&](int i, int j) { return get(U.get() + ((i * 6 + j) * O + o) * C + c); },
+        both_ways<6, 3, kernel_gradient>([&](int i, int j) { return get(U.get() + (i * 6 + j) * u_step + o * C + c); },
                                          [&](int i, int j, Vector g) { put(dweight + (o * 9 + i * 3 + j) * C + c, g); });
       }
   });

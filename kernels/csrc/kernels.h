@@ -76,6 +76,8 @@ template <class D> void group_norm_silu_backward(D, const Norm&, View dy, double
 // A 3x3 convolution of x (B, H, W, C) with zeros around it, weight (O, 3, 3, C), bias (O,), to y (B, H, W, O), float32 in
 // the CPU's memory; C and O multiples of 32. Doubled: x is (B, H / 2, W / 2, C), each of its pixels standing for 2x2. In cpu_conv.cpp.
 void conv3x3(Shape, int64_t O, const float* x, const float* weight, const float* bias, float* y, bool doubled);
+// Its gradients. Of x, where dy (B, H, W, O) is Shape's: to dx (B, H, W, C), of a doubled picture as of one that is stored so.
+void conv3x3_input_gradient(Shape, int64_t C, const float* dy, const float* weight, float* dx);
 void conv3x3_weight_gradient(Shape, int64_t O, const float* x, const float* dy, float* dweight, bool doubled);
 // h (P, O) += x (P, C) weight (O, C)^T + bias (O,), float32 in the CPU's memory; C and O multiples of 32.
 void add_conv1x1(int64_t P, int64_t C, int64_t O, const float* x, const float* weight, const float* bias, float* h);

@@ -453,6 +453,17 @@ static Tensor conv3x3_bf16_(const Tensor& x, const Tensor& U, const Tensor& bias
   return y;
 }
 
+static Tensor conv3x3_input_gradient_(const Tensor& dy, const Tensor& weight) {
+  Tensor dy_kept, weight_kept;
+  const float *gradient = conv_values(dy, "dy", dy_kept), *kernel = conv_values(weight, "weight", weight_kept);
+  Shape d = shape(dy, "dy"), k = shape(weight, "weight");
+  check_channels(k.C, d.C);
+  check(k.B == d.C && k.H == 3 && k.W == 3, "weight must have the shape (", d.C, ", C, 3, 3), not ", shape_of(weight), ".");
+  Tensor dx = new_last(dy, {d.B, k.C, d.H, d.W});
+  if (!empty(d)) conv3x3_input_gradient(d, k.C, gradient, kernel, static_cast<float*>(dx.data_ptr()));
+  return dx;
+}
+
 static Tensor conv3x3_weight_gradient_(const Tensor& x, const Tensor& dy, bool doubled) {
   Tensor x_kept, dy_kept;
   const float *in = conv_values(x, "x", x_kept), *gradient = conv_values(dy, "dy", dy_kept);
@@ -538,6 +549,7 @@ STABLE_TORCH_LIBRARY(oftsr, m) {
   m.def("add_conv1x1_(Tensor(a!) h, Tensor x, Tensor weight, Tensor bias) -> ()");
   m.def("multiplies_in_bf16() -> bool");
   m.def("conv3x3_bf16(Tensor x, Tensor U, Tensor bias, bool doubled) -> Tensor");
+  m.def("conv3x3_input_gradient(Tensor dy, Tensor weight) -> Tensor");
   m.def("conv3x3_weight_gradient(Tensor x, Tensor dy, bool doubled) -> Tensor");
   m.def("to_uint8(Tensor x) -> Tensor");
   m.def("damage(Tensor x_1, Tensor seeds, Tensor first, Tensor stages, Tensor filters, Tensor steps, int h, int w) -> Tensor");
@@ -560,6 +572,7 @@ STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
   m.impl("conv3x3", TORCH_BOX(&conv3x3_));
   m.impl("add_conv1x1_", TORCH_BOX(&add_conv1x1_));
   m.impl("conv3x3_bf16", TORCH_BOX(&conv3x3_bf16_));
+  m.impl("conv3x3_input_gradient", TORCH_BOX(&conv3x3_input_gradient_));
   m.impl("conv3x3_weight_gradient", TORCH_BOX(&conv3x3_weight_gradient_));
   m.impl("to_uint8", TORCH_BOX(&to_uint8_));
   m.impl("damage", TORCH_BOX(&damage_));
