@@ -467,13 +467,13 @@ def test_conv_in_bf16_where_it_pays(monkeypatch):
     calls, able = [], [True]
     monkeypatch.setattr(kernels, "ops", type("Fake", (), dict(multiplies_in_bf16=lambda: able[0], conv3x3_bf16=lambda *args: calls.append(args[3]))))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    x, w, b = conv_inputs(1, 32, 32, 32, 32)
+    x, w, b = conv_inputs(1, 32, 32, 16, 24)
     up = UpConv(32, 32).requires_grad_(False)
 
     def as_pytorch(x, w, b):
         return torch.equal(kernels.conv3x3(x, w, b), F.conv2d(x, w, b, padding=1)) and not calls
     with InBf16():
-        kernels.conv3x3(x, w, b), kernels.conv3x3(x[:, :, :16, :16], w, b, doubled=True), up(x)
+        kernels.conv3x3(x, w, b), kernels.conv3x3(x[:, :, :8, :12], w, b, doubled=True), up(x)
         assert calls == [False, True, True]
         calls.clear()
         assert as_pytorch(x[:, :, 1:], w, b) and as_pytorch(*conv_inputs(1, 48, 32, 32, 32)) and as_pytorch(*conv_inputs(1, 32, 12, 32, 32)) and as_pytorch(*conv_inputs(1, 544, 512, 32, 32))
