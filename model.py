@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoints import load_checkpoint, load_tensors, save_tensors
 from console import InputError, Parser, check_file, in_range
-from kernels import add_conv1x1_, conv3x3, conv3x3_in_bf16, conv3x3_in_float32, group_norm_silu, noise_augment
+from kernels import add_conv1x1, conv3x3, conv3x3_in_bf16, conv3x3_in_float32, group_norm_silu, noise_augment
 
 # The families of networks that a checkpoint can hold and `--teacher FAMILY:...` can name, and the class of each: the one place
 # to add one. What a class has to say of itself is written in teachers.Teacher.
@@ -148,7 +148,7 @@ class UpConv(Conv3x3):
 def add(h, x):
     """h + x, or, of twice its height and width, h + x doubled by repetition: (B, C, H, W). Where there is no gradient it is added to h in place."""
     doubled = h.shape != x.shape
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler, or an exporter, makes something of its own of it
         return h + (F.interpolate(x, scale_factor=2, mode="nearest") if doubled else x)
     for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)) if doubled else ():  # without the doubled x
         h[:, :, a::2, b::2].add_(x)
@@ -156,17 +156,13 @@ def add(h, x):
 
 
 class Skip(nn.Conv2d):
-    """h + the 1x1 convolution of x: x (B, C, H, W), h (B, C', H, W) -> (B, C', H, W). Where there is no gradient it is added to h in place."""
+    """h + the 1x1 convolution of x: x (B, C, H, W), h (B, C', H, W) -> (B, C', H, W), in place where there is no gradient."""
 
     def __init__(self, channels, out_channels):
         super().__init__(channels, out_channels, 1)
 
     def forward(self, x, h):
-        if torch.is_grad_enabled():
-            if x.device.type == "cpu":  # as the matrix product that it is: for small batches on one core PyTorch's convolution copies x about
-                return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1) + h
-            return super().forward(x) + h
-        return add_conv1x1_(h, x, self.weight, self.bias)
+        return add_conv1x1(h, x, self.weight, self.bias)
 
 
 class ResBlock(nn.Module):

@@ -240,15 +240,17 @@ def conv3x3_in_float32(x, weight, doubled=False):
             and _tiles(x, doubled) >= WINOGRAD_TILES and not torch.is_autocast_enabled("cpu") and _native(x))
 
 
-@torch.no_grad()
-def add_conv1x1_(h, x, weight, bias):
-    """h += the 1x1 convolution of x, in place: h (B, O, H, W), x (B, C, H, W), weight (O, C, 1, 1), bias (O,). Returns h. No gradient.
+def add_conv1x1(h, x, weight, bias):
+    """h + the 1x1 convolution of x: h (B, O, H, W), x (B, C, H, W), weight (O, C, 1, 1), bias (O,) -> (B, O, H, W). The gradient flows into all four tensors, once.
 
-    By a kernel of ours on the CPU, in float32, between multiples of 32 channels, h in channels_last memory; elsewhere PyTorch's.
+    Where there is no gradient (torch.no_grad) it is added to h in place. By a kernel of ours on the CPU, in float32, between multiples
+    of 32 channels, h in channels_last memory; elsewhere PyTorch's.
     """
     if (x.device.type != "cpu" or not h.dtype == x.dtype == weight.dtype == torch.float32 or weight.shape[0] % 32 or weight.shape[1] % 32
             or h.stride() != (h[0].numel(), 1, h.shape[3] * h.shape[1], h.shape[1]) or torch.is_autocast_enabled("cpu") or not _native(x)):
-        return reference.add_conv1x1_(h, x, weight, bias)
+        return reference.add_conv1x1(h, x, weight, bias)
+    if torch.is_grad_enabled():
+        return ops.add_conv1x1(h, x, weight, bias)
     ops.add_conv1x1_(h, x, weight, bias)
     return h
 
@@ -350,7 +352,10 @@ FAKE = {  # shapes, dtypes and memory formats of the outputs
     "group_norm_silu_backward": _norm_gradients,
     "conv3x3": lambda x, weight, bias, doubled: _last(x, x.shape[0], len(bias), *(side * (1 + doubled) for side in x.shape[2:])),
     "conv3x3_bf16": lambda x, U, bias, doubled: _last(x, x.shape[0], len(bias), *(side * (1 + doubled) for side in x.shape[2:])),
+    "add_conv1x1": lambda h, *_: _last(h, *h.shape),
     "add_conv1x1_": lambda *_: None,
+    "conv1x1_input_gradient": lambda dy, weight: _last(dy, dy.shape[0], weight.shape[1], *dy.shape[2:]),
+    "conv1x1_weight_gradient": lambda x, dy: _last(x, dy.shape[1], x.shape[1], 1, 1),
     "conv3x3_input_gradient": lambda dy, weight: _last(dy, dy.shape[0], weight.shape[1], *dy.shape[2:]),
     "conv3x3_weight_gradient": lambda x, dy, doubled: _last(x, dy.shape[1], x.shape[1], 3, 3),
     "to_uint8": lambda x: x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=torch.uint8),
@@ -385,6 +390,18 @@ def _conv_backward(ctx, dy):
     return dx, ops.conv3x3_weight_gradient(x, dy, ctx.doubled) if of_weight else None, dy.sum((0, 2, 3)) if of_bias else None, None
 
 
+def _conv1x1_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _conv1x1_backward(ctx, dy):
+    x, weight = ctx.saved_tensors
+    of_h, of_x, of_weight, of_bias = ctx.needs_input_grad
+    dy = dy.contiguous(memory_format=torch.channels_last)  # once for all, and for what h came from
+    return (dy if of_h else None, ops.conv1x1_input_gradient(dy, weight) if of_x else None, ops.conv1x1_weight_gradient(x, dy) if of_weight else None,
+            dy.sum((0, 2, 3)) if of_bias else None)
+
+
 def _loss_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
@@ -398,4 +415,5 @@ def _register():
         torch.library.register_fake(f"oftsr::{name}", fake)
     torch.library.register_autograd("oftsr::group_norm_silu", _norm_backward, setup_context=_norm_context)
     torch.library.register_autograd("oftsr::conv3x3", _conv_backward, setup_context=_conv_context)
+    torch.library.register_autograd("oftsr::add_conv1x1", _conv1x1_backward, setup_context=_conv1x1_context)
     torch.library.register_autograd("oftsr::distill_loss", _loss_backward, setup_context=_loss_context)

@@ -241,9 +241,10 @@ def conv3x3(x, weight, bias, doubled=False):
     return F.conv2d(x, weight, bias, padding=1)
 
 
-def add_conv1x1_(h, x, weight, bias):
-    """h += the 1x1 convolution of x, in place: h (B, O, H, W), x (B, C, H, W), weight (O, C, 1, 1), bias (O,). Returns h."""
-    return h.add_(F.conv2d(x, weight, bias))
+def add_conv1x1(h, x, weight, bias):
+    """h + the 1x1 convolution of x, in place where there is no gradient: h (B, O, H, W), x (B, C, H, W), weight (O, C, 1, 1), bias (O,)."""
+    y = F.conv2d(x, weight, bias)
+    return h + y if torch.is_grad_enabled() else h.add_(y)
 
 
 def to_uint8(x):

@@ -338,7 +338,9 @@ def test_bits_repeat(device):
         errors = [call(kernels, op, inputs(op, (3, 3, 133, 67), torch.float32, "contiguous", device))[0] for op in ("distill_loss", "dopri5_error")]
         conv = [a.requires_grad_() for a in conv_inputs(2, 64, 32, 61, 47)]
         z = kernels.conv3x3(*conv)
-        runs.append([z.detach(), *torch.autograd.grad(z.square().sum(), conv), y.detach(), x.grad, w.grad, *errors, kernels.normal(torch.arange(3, device=device), (3, 3, 133, 67))])
+        added = [tensor(5, (2, 32, 61, 47), torch.float32, "channels_last"), conv[0], tensor(6, (32, 64, 1, 1), torch.float32, "contiguous").requires_grad_(), conv[2]]
+        sums = [*torch.autograd.grad(z.square().sum(), conv), *torch.autograd.grad(kernels.add_conv1x1(*added).square().sum(), added[1:])]
+        runs.append([z.detach(), *sums, y.detach(), x.grad, w.grad, *errors, kernels.normal(torch.arange(3, device=device), (3, 3, 133, 67))])
     torch.set_num_threads(threads)
     for other in runs[1:]:
         assert all(map(torch.equal, runs[0], other))
@@ -409,21 +411,28 @@ def test_conv_where_it_pays(monkeypatch):
 @pytest.mark.parametrize("size", [(1, 32, 32, 1, 2), (2, 96, 32, 7, 11), (1, 224, 96, 20, 30), (3, 64, 128, 16, 9)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_added_conv1x1(size, layout, monkeypatch):
-    """In place and against float64, at numbers of pixels that blocks do not divide; Skip's two ways agree."""
+    """With its four gradients, and in place where there is none, against float64, at numbers of pixels that blocks do not divide."""
     native("cpu")
     B, C, O, H, W = size
-    x, w, b = tensor(0, (B, C, H, W), torch.float32, layout), tensor(1, (O, C, 1, 1), torch.float32, layout) / C**0.5, tensor(2, (1, O, 1, 1), torch.float32, "contiguous").flatten()
-    h = tensor(3, (B, O, H, W), torch.float32, "channels_last")
-    right = reference.add_conv1x1_(h.double(), x.double(), w.double(), b.double())
-    skip = Skip(C, O)
-    skip.weight.data, skip.bias.data = w, b
+    ours = [tensor(3, (B, O, H, W), torch.float32, "channels_last"), tensor(0, (B, C, H, W), torch.float32, layout),
+            tensor(1, (O, C, 1, 1), torch.float32, layout) / C**0.5, tensor(2, (1, O, 1, 1), torch.float32, "contiguous").flatten()]
+    ours, exact = [a.detach().requires_grad_() for a in ours], [a.detach().double().requires_grad_() for a in ours]
+    right, dy = reference.add_conv1x1(*exact), tensor(9, (B, O, H, W), torch.float32, layout)
+    right.backward(dy.double())
+    with torch.no_grad():  # contiguous memory has no kernel
+        torch.testing.assert_close(kernels.add_conv1x1(ours[0].clone(memory_format=torch.contiguous_format), *ours[1:]).double(), right, rtol=0, atol=1e-5 * right.abs().max().item())
+    monkeypatch.setattr(kernels, "reference", None)  # the kernels, then, and nothing else
+    y = kernels.add_conv1x1(*ours)
+    y.backward(dy)
+    for a, b in ((y, right), *((a.grad, b.grad) for a, b in zip(ours, exact))):
+        assert a.dtype == torch.float32 and a.shape == b.shape
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
     with torch.no_grad():
-        y = skip(x, h.clone(memory_format=torch.channels_last))
-    assert (skip(x, h) - y).abs().max() < 1e-5 * right.abs().max()
-    torch.testing.assert_close(kernels.add_conv1x1_(h.clone(memory_format=torch.contiguous_format), x, w, b).double(), right, rtol=0, atol=1e-5 * right.abs().max().item())  # which has no kernel
-    monkeypatch.setattr(kernels, "reference", None)  # the kernel, then, and nothing else
-    assert kernels.add_conv1x1_(h, x, w, b) is h and torch.equal(h, y)
-    assert (h - right).abs().max() < 5e-6 * right.abs().max()
+        h = ours[0].detach()
+        assert kernels.add_conv1x1(h, *ours[1:]) is h and torch.equal(h, y)
+        skip = Skip(C, O)
+        skip.weight.data, skip.bias.data = ours[2].data, ours[3].data
+        assert torch.equal(skip(ours[1], exact[0].detach().float().contiguous(memory_format=torch.channels_last)), y)
 
 
 class InBf16(torch.inference_mode):
@@ -557,6 +566,8 @@ def operator_calls():
         "group_norm_silu": (g(h), 32, g(w), g(b), g(scale), g(shift), 1e-5),
         "group_norm_silu_backward": (y, h, 32, w, b, scale, shift, mean, rstd), "to_uint8": (v,),
         "conv3x3": (g(h), *map(g, conv_inputs(1, 32, 64, 1, 1)[1:]), True), "conv3x3_input_gradient": (h, torch.zeros(32, 64, 3, 3)), "conv3x3_weight_gradient": (h, y, False),
+        "add_conv1x1": (g(torch.zeros(2, 64, 3, 4).contiguous(memory_format=torch.channels_last)), g(h), g(torch.zeros(64, 32, 1, 1)), g(torch.zeros(64))),
+        "conv1x1_input_gradient": (h, torch.zeros(32, 64, 1, 1)), "conv1x1_weight_gradient": (h, y),
         "add_conv1x1_": (torch.zeros(2, 64, 3, 4).contiguous(memory_format=torch.channels_last), h, torch.zeros(64, 32, 1, 1), torch.zeros(64)),
         "conv3x3_bf16": (h.bfloat16(), torch.zeros(36, 2, 16, 32, 2, dtype=torch.bfloat16), torch.zeros(64), True),
     }
@@ -621,6 +632,9 @@ ERRORS = {
     "convolutions here take multiples of 32 channels, not 0 to 32.": lambda x: torch.ops.oftsr.conv3x3(torch.zeros(1, 0, 4, 4), torch.zeros(32, 0, 3, 3), torch.zeros(32), False),
     "weight must have the shape (32, C, 3, 3), not (64, 32, 3, 3).": lambda x: torch.ops.oftsr.conv3x3_input_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(64, 32, 3, 3)),
     "dy must have the shape (1, O, 4, 4), not (1, 32, 4, 5).": lambda x: torch.ops.oftsr.conv3x3_weight_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 5), False),
+    "weight must have the shape (32, C, 1, 1), not (64, 32, 1, 1).": lambda x: torch.ops.oftsr.conv1x1_input_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(64, 32, 1, 1)),
+    "dy must have the shape (1, O, 4, 4), not (1, 64, 4, 5).": lambda x: torch.ops.oftsr.conv1x1_weight_gradient(torch.zeros(1, 32, 4, 4), torch.zeros(1, 64, 4, 5)),
+    "h must have the shape (1, 32, 4, 4), not (1, 32, 5, 4).": lambda x: torch.ops.oftsr.add_conv1x1(torch.zeros(1, 32, 5, 4), torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 1, 1), torch.zeros(32)),
     "h must lie in channels_last memory.": lambda x: torch.ops.oftsr.add_conv1x1_(torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 1, 1), torch.zeros(32)),
     "weight must have the shape (O, 32, 1, 1), not (32, 32, 3, 3).": lambda x: torch.ops.oftsr.add_conv1x1_(
         torch.zeros(1, 32, 4, 4), torch.zeros(1, 32, 4, 4), torch.zeros(32, 32, 3, 3), torch.zeros(32)),

@@ -191,9 +191,9 @@ template <bool INSIDE, class T> static void transform_input(const Window<T>& w, 
   }
 }
 
-// M (R, COLUMNS), whose rows lie `stride` apart, = V (R, C) U (C, COLUMNS); with a bias, M + bias + that. As many values as U has come
-// to the cache from `ahead`.
-template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, int64_t C, const T* ahead, int64_t stride = COLUMNS, const float* bias = nullptr) {
+// M (R, COLUMNS), whose rows lie `stride` apart, = V (R, C) U (C, COLUMNS); with h, which lies like M and may be it, h + bias + that. As
+// many values as U has come to the cache from `ahead`.
+template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, int64_t C, const T* ahead, int64_t stride = COLUMNS, const float* h = nullptr, const float* bias = nullptr) {
   constexpr int EACH = sizeof(float) / sizeof(T);  // channels in a lane
   const float *v_words = reinterpret_cast<const float*>(V), *u_words = reinterpret_cast<const float*>(U), *ahead_words = reinterpret_cast<const float*>(ahead);
   Vector sum[R][2] = {};
@@ -210,8 +210,9 @@ template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, 
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) {
     float* m = M + r * stride;
-    put(m, bias ? get(m) + (sum[r][0] + get(bias)) : sum[r][0]);
-    put(m + LANES, bias ? get(m + LANES) + (sum[r][1] + get(bias + LANES)) : sum[r][1]);
+    const float* before = h + r * stride;
+    put(m, h ? get(before) + (sum[r][0] + get(bias)) : sum[r][0]);
+    put(m + LANES, h ? get(before + LANES) + (sum[r][1] + get(bias + LANES)) : sum[r][1]);
   }
 }
 
@@ -312,21 +313,34 @@ void conv3x3_input_gradient(Shape s, int64_t C, const float* dy, const float* we
   winograd(s, C, dy, U.get(), step, nullptr, dx);
 }
 
-// A 1x1 convolution is a matrix product, too: of a block of pixels that stays in the cache and COLUMNS output channels at a time.
-void add_conv1x1(int64_t P, int64_t C, int64_t O, const float* x, const float* weight, const float* bias, float* h) {
-  std::unique_ptr<float[]> U(new float[C * O]);  // [O / COLUMNS][C][COLUMNS]
-  for (int64_t o = 0; o < O; o++)
-    for (int64_t c = 0; c < C; c++) U[(o / COLUMNS * C + c) * COLUMNS + o % COLUMNS] = weight[o * C + c];
+// A 1x1 convolution is a matrix product, too: y = x U, with h h + bias + that, of a block of pixels that stays in the cache and COLUMNS
+// output channels at a time. x (P, C), U [O / COLUMNS][C][COLUMNS], h and y (P, O).
+static void product(int64_t P, int64_t C, int64_t O, const float* x, const float* U, const float* h, const float* bias, float* y) {
   parallel_for(0, (P + PIXELS - 1) / PIXELS, 1, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin * PIXELS; first < std::min(P, end * PIXELS); first += PIXELS) {
       int64_t last = std::min(P, first + PIXELS);
       for (int64_t o = 0; o < O; o += COLUMNS) {
+        auto at = [&](int64_t p) { return h ? h + p * O + o : nullptr; };
         int64_t p = first;
-        for (; p + ROWS <= last; p += ROWS) multiply<ROWS>(x + p * C, &U[o * C], h + p * O + o, C, x + (p + ROWS) * C, O, bias + o);
-        for (; p < last; p++) multiply<1>(x + p * C, &U[o * C], h + p * O + o, C, x + (p + 1) * C, O, bias + o);
+        for (; p + ROWS <= last; p += ROWS) multiply<ROWS>(x + p * C, U + o * C, y + p * O + o, C, x + (p + ROWS) * C, O, at(p), bias + o);
+        for (; p < last; p++) multiply<1>(x + p * C, U + o * C, y + p * O + o, C, x + (p + 1) * C, O, at(p), bias + o);
       }
     }
   });
+}
+
+void add_conv1x1(int64_t P, int64_t C, int64_t O, const float* h, const float* x, const float* weight, const float* bias, float* y) {
+  std::unique_ptr<float[]> U(new float[C * O]);
+  for (int64_t o = 0; o < O; o++)
+    for (int64_t c = 0; c < C; c++) U[(o / COLUMNS * C + c) * COLUMNS + o % COLUMNS] = weight[o * C + c];
+  product(P, C, O, x, U.get(), h, bias, y);
+}
+
+void conv1x1_input_gradient(int64_t P, int64_t C, int64_t O, const float* dy, const float* weight, float* dx) {
+  std::unique_ptr<float[]> U(new float[C * O]);
+  for (int64_t o = 0; o < O; o++)
+    for (int64_t c = 0; c < C; c++) U[(c / COLUMNS * O + o) * COLUMNS + c % COLUMNS] = weight[o * C + c];
+  product(P, O, C, dy, U.get(), nullptr, nullptr, dx);
 }
 
 #ifdef __AVX512BF16__
@@ -346,13 +360,13 @@ static void transform_gradient(const float* dy, int64_t rows, int64_t columns, i
   }
 }
 
-// U (GRADIENT_ROWS, COLUMNS) += N (n, GRADIENT_ROWS)^T V (n, COLUMNS); rows of N lie O apart, those of U C.
-static void multiply_transposed(const float* N, const float* V, float* U, int64_t n, int64_t O, int64_t C) {
+// U (GRADIENT_ROWS, COLUMNS) += N (n, GRADIENT_ROWS)^T V (n, COLUMNS); rows of N lie O apart, those of U C and those of V `stride`.
+static void multiply_transposed(const float* N, const float* V, float* U, int64_t n, int64_t O, int64_t C, int64_t stride = COLUMNS) {
   Vector sum[GRADIENT_ROWS][2];
 #pragma GCC unroll 8
   for (int r = 0; r < GRADIENT_ROWS; r++) sum[r][0] = get(U + r * C), sum[r][1] = get(U + r * C + LANES);
   for (int64_t t = 0; t < n; t++) {
-    Vector v0 = get(V + t * COLUMNS), v1 = get(V + t * COLUMNS + LANES);
+    Vector v0 = get(V + t * stride), v1 = get(V + t * stride + LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < GRADIENT_ROWS; r++) {
       Vector a = repeat(N[t * O + r]);
@@ -390,5 +404,15 @@ void conv3x3_weight_gradient(Shape s, int64_t O, const float* x, const float* dy
         both_ways<6, 3, kernel_gradient>([&](int i, int j) { return get(U.get() + (i * 6 + j) * u_step + o * C + c); },
                                          [&](int i, int j, Vector g) { put(dweight + (o * 9 + i * 3 + j) * C + c, g); });
       }
+  });
+}
+
+void conv1x1_weight_gradient(int64_t P, int64_t C, int64_t O, const float* x, const float* dy, float* dweight) {
+  std::fill(dweight, dweight + O * C, 0.f);
+  parallel_for(0, O / GRADIENT_ROWS, 1, [&](int64_t begin, int64_t end) {  // one core a sum
+    for (int64_t first = 0; first < P; first += PIXELS)
+      for (int64_t c = 0; c < C; c += COLUMNS)
+        for (int64_t o = begin * GRADIENT_ROWS; o < end * GRADIENT_ROWS; o += GRADIENT_ROWS)
+          multiply_transposed(dy + first * O + o, x + first * C + c, dweight + o * C + c, std::min(PIXELS, P - first), O, C, C);
   });
 }

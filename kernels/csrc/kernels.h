@@ -79,8 +79,10 @@ void conv3x3(Shape, int64_t O, const float* x, const float* weight, const float*
 // Its gradients. Of x, where dy (B, H, W, O) is Shape's: to dx (B, H, W, C), of a doubled picture as of one that is stored so.
 void conv3x3_input_gradient(Shape, int64_t C, const float* dy, const float* weight, float* dx);
 void conv3x3_weight_gradient(Shape, int64_t O, const float* x, const float* dy, float* dweight, bool doubled);
-// h (P, O) += x (P, C) weight (O, C)^T + bias (O,), float32 in the CPU's memory; C and O multiples of 32.
-void add_conv1x1(int64_t P, int64_t C, int64_t O, const float* x, const float* weight, const float* bias, float* h);
+// y (P, O) = h (P, O), which may be y, + x (P, C) weight (O, C)^T + bias (O,), float32 in the CPU's memory; C and O multiples of 32. And its gradients.
+void add_conv1x1(int64_t P, int64_t C, int64_t O, const float* h, const float* x, const float* weight, const float* bias, float* y);
+void conv1x1_input_gradient(int64_t P, int64_t C, int64_t O, const float* dy, const float* weight, float* dx);
+void conv1x1_weight_gradient(int64_t P, int64_t C, int64_t O, const float* x, const float* dy, float* dweight);
 // conv3x3 in bf16, of a weight that is transformed already, U [36][O / 32][C / 2][32][2]. Only in a library compiled for processors that multiply in bf16 (AVX-512's, not AMX).
 bool multiplies_in_bf16();
 void conv3x3_bf16(Shape, int64_t O, const bf16* x, const bf16* U, const float* bias, bf16* y, bool doubled);

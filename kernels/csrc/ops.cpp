@@ -424,16 +424,49 @@ static Tensor conv3x3_(const Tensor& x, const Tensor& weight, const Tensor& bias
   return y;
 }
 
-static void add_conv1x1_(const Tensor& h, const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  Tensor x_kept, weight_kept;
-  const float *in = conv_values(x, "x", x_kept), *kernel = conv_values(weight, "weight", weight_kept);
+// h + the 1x1 convolution of x to y, which may be h.
+static void add_conv1x1_to(const Tensor& y, const Tensor& h, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  Tensor h_kept, x_kept, weight_kept;
+  const float *before = conv_values(h, "h", h_kept), *in = conv_values(x, "x", x_kept), *kernel = conv_values(weight, "weight", weight_kept);
   Shape s = shape(x, "x"), k = shape(weight, "weight");
   check(k.C == s.C && k.H == 1 && k.W == 1, "weight must have the shape (O, ", s.C, ", 1, 1), not ", shape_of(weight), ".");
   check_channels(s.C, k.B);
-  View out = view_of_type(h, "h", {s.B, k.B, s.H, s.W}, x);
+  view_of_type(h, "h", {s.B, k.B, s.H, s.W}, x);
+  View out = view_of_type(y, "h", {s.B, k.B, s.H, s.W}, x);
   check(out.c == 1 && out.w == k.B && out.h == s.W * k.B && out.b == s.H * out.h, "h must lie in channels_last memory.");
   const void* offset = parameter(bias, "bias", x, {k.B});
-  if (!empty(s)) add_conv1x1(s.B * s.H * s.W, s.C, k.B, in, kernel, static_cast<const float*>(offset), static_cast<float*>(h.data_ptr()));
+  if (!empty(s)) add_conv1x1(s.B * s.H * s.W, s.C, k.B, before, in, kernel, static_cast<const float*>(offset), static_cast<float*>(y.data_ptr()));
+}
+
+static void add_conv1x1_(const Tensor& h, const Tensor& x, const Tensor& weight, const Tensor& bias) { add_conv1x1_to(h, h, x, weight, bias); }
+
+static Tensor add_conv1x1_new_(const Tensor& h, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  Shape s = shape(h, "h");
+  Tensor y = new_last(h, {s.B, s.C, s.H, s.W});
+  add_conv1x1_to(y, h, x, weight, bias);
+  return y;
+}
+
+static Tensor conv1x1_input_gradient_(const Tensor& dy, const Tensor& weight) {
+  Tensor dy_kept, weight_kept;
+  const float *gradient = conv_values(dy, "dy", dy_kept), *kernel = conv_values(weight, "weight", weight_kept);
+  Shape d = shape(dy, "dy"), k = shape(weight, "weight");
+  check(k.B == d.C && k.H == 1 && k.W == 1, "weight must have the shape (", d.C, ", C, 1, 1), not ", shape_of(weight), ".");
+  check_channels(k.C, d.C);
+  Tensor dx = new_last(dy, {d.B, k.C, d.H, d.W});
+  if (!empty(d)) conv1x1_input_gradient(d.B * d.H * d.W, k.C, d.C, gradient, kernel, static_cast<float*>(dx.data_ptr()));
+  return dx;
+}
+
+static Tensor conv1x1_weight_gradient_(const Tensor& x, const Tensor& dy) {
+  Tensor x_kept, dy_kept;
+  const float *in = conv_values(x, "x", x_kept), *gradient = conv_values(dy, "dy", dy_kept);
+  Shape s = shape(x, "x"), d = shape(dy, "dy");
+  check_channels(s.C, d.C);
+  check(d.B == s.B && d.H == s.H && d.W == s.W, "dy must have the shape (", s.B, ", O, ", s.H, ", ", s.W, "), not ", shape_of(dy), ".");
+  Tensor dweight = new_last(x, {d.C, s.C, 1, 1});
+  conv1x1_weight_gradient(s.B * s.H * s.W, s.C, d.C, in, gradient, static_cast<float*>(dweight.data_ptr()));
+  return dweight;
 }
 
 // U: the transformed weight, as kernels.h says.
@@ -546,7 +579,10 @@ STABLE_TORCH_LIBRARY(oftsr, m) {
   m.def("group_norm_silu_backward(Tensor dy, Tensor x, int groups, Tensor weight, Tensor bias, Tensor? scale, Tensor? shift, Tensor mean, Tensor rstd)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("conv3x3(Tensor x, Tensor weight, Tensor bias, bool doubled) -> Tensor");
+  m.def("add_conv1x1(Tensor h, Tensor x, Tensor weight, Tensor bias) -> Tensor");
   m.def("add_conv1x1_(Tensor(a!) h, Tensor x, Tensor weight, Tensor bias) -> ()");
+  m.def("conv1x1_input_gradient(Tensor dy, Tensor weight) -> Tensor");
+  m.def("conv1x1_weight_gradient(Tensor x, Tensor dy) -> Tensor");
   m.def("multiplies_in_bf16() -> bool");
   m.def("conv3x3_bf16(Tensor x, Tensor U, Tensor bias, bool doubled) -> Tensor");
   m.def("conv3x3_input_gradient(Tensor dy, Tensor weight) -> Tensor");
@@ -570,7 +606,10 @@ STABLE_TORCH_LIBRARY_IMPL(oftsr, CompositeExplicitAutograd, m) {
   m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu_));
   m.impl("group_norm_silu_backward", TORCH_BOX(&group_norm_silu_backward_));
   m.impl("conv3x3", TORCH_BOX(&conv3x3_));
+  m.impl("add_conv1x1", TORCH_BOX(&add_conv1x1_new_));
   m.impl("add_conv1x1_", TORCH_BOX(&add_conv1x1_));
+  m.impl("conv1x1_input_gradient", TORCH_BOX(&conv1x1_input_gradient_));
+  m.impl("conv1x1_weight_gradient", TORCH_BOX(&conv1x1_weight_gradient_));
   m.impl("conv3x3_bf16", TORCH_BOX(&conv3x3_bf16_));
   m.impl("conv3x3_input_gradient", TORCH_BOX(&conv3x3_input_gradient_));
   m.impl("conv3x3_weight_gradient", TORCH_BOX(&conv3x3_weight_gradient_));
