@@ -186,18 +186,21 @@ def cases(device, dtype, size=256):
 
     bf16 = dtype == torch.bfloat16 and device == "cpu" and torch.ops.oftsr.multiplies_in_bf16()
     if device == "cpu" and (dtype == torch.float32 or bf16):
-        for batch, channels, side in ((1, 32, 512), (1, 96, 256), (1, 128, 128), (5, 96, 32)):
-            shape = (batch, channels, side * size // 256, side * size // 256)
-            def make(shape=shape, C=channels):
-                x, w = (torch.randn(s).contiguous(memory_format=torch.channels_last) for s in (shape, (C, C, 3, 3)))
-                return x.to(dtype), w / (3 * math.sqrt(C)), torch.randn(C)
-            name, ours, right = f"conv {'x'.join(map(str, shape))}", kernels.conv3x3, reference.conv3x3
-            moved, macs = 2 * dtype.itemsize * math.prod(shape), 36 / 16 * channels * math.prod(shape)
-            if bf16:
-                ours, right = in_bf16(ours), in_bf16(right)
-            yield name, make, ours, right, right, moved, macs
-            if not bf16:
-                yield name + ", gradient", make, with_gradient(ours, 3), with_gradient(right, 3), with_gradient(right, 3), 3 * moved, 3 * macs
+        for batch, channels, out, side, k in ((1, 32, 32, 512, 3), (1, 96, 96, 256, 3), (1, 128, 128, 128, 3), (5, 96, 96, 32, 3), (5, 128, 128, 16, 3), (5, 128, 32, 64, 1), (5, 224, 96, 32, 1)):
+            side = side * size // 256
+            def make(B=batch, C=channels, O=out, S=side, k=k):
+                last = lambda *size: torch.randn(size).contiguous(memory_format=torch.channels_last)
+                added = (last(B, O, S, S).to(dtype),) if k == 1 else ()
+                return *added, last(B, C, S, S).to(dtype), last(O, C, k, k) / (k * math.sqrt(C)), torch.randn(O)
+            name, ours, right = (f"conv {batch}x{channels}x{side}x{side}", kernels.conv3x3, reference.conv3x3) if k == 3 else \
+                (f"conv 1x1 {batch}x{channels}x{side}x{side} to {out}, added", kernels.add_conv1x1, reference.add_conv1x1)
+            values, macs = batch * side**2, batch * side**2 * channels * out * (9 / 4 if k == 3 else 1)
+            moved, wanted = dtype.itemsize * values * (channels + out * (2 if k == 1 else 1)), 3 if k == 3 else 4
+            if bf16 and k == 3:
+                yield name, make, in_bf16(ours), in_bf16(right), in_bf16(right), moved, macs
+            elif not bf16:
+                yield name, make, ours, right, right, moved, macs
+                yield name + ", gradient", make, with_gradient(ours, wanted), with_gradient(right, wanted), with_gradient(right, wanted), 3 * moved, 3 * macs
 
 
 # --- the clock ---
