@@ -171,13 +171,14 @@ template <> void group_norm_silu(Cpu, const Norm& a, double eps, double*, View y
   });
 }
 
-// Two trips again, each reading x and dy: the sums that the statistics and the parameters need, then dx. The
-// gradient du of SiLU's argument is made anew in the second: that is cheaper than a third array in memory.
+// Two trips again: the sums that the statistics and the parameters need, then dx. The gradient du of SiLU's argument, which costs
+// an exponential, waits in dx's place for the second; where dx has too few bits for it, it is made anew.
 template <> void group_norm_silu_backward(Cpu, const Norm& a, View dy_view, double*, View dx_view, void* dweight, void* dbias, void* dscale, void* dshift) {
   by_layout(a.x, [&](auto type, auto last) {
     using T = decltype(type);
     using A = arith<T>;
     constexpr bool LAST = decltype(last)::value;
+    constexpr bool KEPT = sizeof(T) == sizeof(A);
     Chunks chunks(a.P);
     std::vector<double> of_weight(a.B * a.C), of_bias(a.B * a.C);
     for_pictures(a.B, [&](int64_t b) {
@@ -190,6 +191,7 @@ template <> void group_norm_silu_backward(Cpu, const Norm& a, View dy_view, doub
           A* du = sums.data() + 2 * i * a.C;
           sum_channels<LAST, false>(c0, c1, first, last, du, du + a.C, [=](int64_t c, int64_t p, A& s0, A& s1) {
             A d = load(x(c, p)) - mean[c], du = load(dy(c, p)) * silu_slope(d * gain[c] + offset[c]);
+            if (KEPT) dx(c, p) = store<T>(du);
             s0 += du;
             s1 += du * d;
           });
@@ -215,7 +217,7 @@ template <> void group_norm_silu_backward(Cpu, const Norm& a, View dy_view, doub
       const A *slope = k.slope.data(), *level = k.level.data();
       for_chunks(a, [&](int64_t begin, int64_t end) {
         for_elements<LAST>(0, a.C, begin * chunks.pixels, std::min(end * chunks.pixels, a.P), [=](int64_t c, int64_t p) {
-          A d = load(x(c, p)) - mean[c], du = load(dy(c, p)) * silu_slope(d * gain[c] + offset[c]);
+          A d = load(x(c, p)) - mean[c], du = KEPT ? load(dx(c, p)) : load(dy(c, p)) * silu_slope(d * gain[c] + offset[c]);
           dx(c, p) = store<T>(gain[c] * du + d * slope[c] + level[c]);
         });
       });
