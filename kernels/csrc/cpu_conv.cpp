@@ -210,9 +210,8 @@ template <int R, class T> OFTSR void multiply(const T* V, const T* U, float* M, 
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++) {
     float* m = M + r * stride;
-    const float* before = h + r * stride;
-    put(m, h ? get(before) + (sum[r][0] + get(bias)) : sum[r][0]);
-    put(m + LANES, h ? get(before + LANES) + (sum[r][1] + get(bias + LANES)) : sum[r][1]);
+    put(m, h ? get(h + r * stride) + (sum[r][0] + get(bias)) : sum[r][0]);
+    put(m + LANES, h ? get(h + r * stride + LANES) + (sum[r][1] + get(bias + LANES)) : sum[r][1]);
   }
 }
 
@@ -321,9 +320,10 @@ static void product(int64_t P, int64_t C, int64_t O, const float* x, const float
       int64_t last = std::min(P, first + PIXELS);
       for (int64_t o = 0; o < O; o += COLUMNS) {
         auto at = [&](int64_t p) { return h ? h + p * O + o : nullptr; };
+        const float* offset = h ? bias + o : nullptr;
         int64_t p = first;
-        for (; p + ROWS <= last; p += ROWS) multiply<ROWS>(x + p * C, U + o * C, y + p * O + o, C, x + (p + ROWS) * C, O, at(p), bias + o);
-        for (; p < last; p++) multiply<1>(x + p * C, U + o * C, y + p * O + o, C, x + (p + 1) * C, O, at(p), bias + o);
+        for (; p + ROWS <= last; p += ROWS) multiply<ROWS>(x + p * C, U + o * C, y + p * O + o, C, x + (p + ROWS) * C, O, at(p), offset);
+        for (; p < last; p++) multiply<1>(x + p * C, U + o * C, y + p * O + o, C, x + (p + 1) * C, O, at(p), offset);
       }
     }
   });

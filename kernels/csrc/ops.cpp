@@ -447,28 +447,6 @@ static Tensor add_conv1x1_new_(const Tensor& h, const Tensor& x, const Tensor& w
   return y;
 }
 
-static Tensor conv1x1_input_gradient_(const Tensor& dy, const Tensor& weight) {
-  Tensor dy_kept, weight_kept;
-  const float *gradient = conv_values(dy, "dy", dy_kept), *kernel = conv_values(weight, "weight", weight_kept);
-  Shape d = shape(dy, "dy"), k = shape(weight, "weight");
-  check(k.B == d.C && k.H == 1 && k.W == 1, "weight must have the shape (", d.C, ", C, 1, 1), not ", shape_of(weight), ".");
-  check_channels(k.C, d.C);
-  Tensor dx = new_last(dy, {d.B, k.C, d.H, d.W});
-  if (!empty(d)) conv1x1_input_gradient(d.B * d.H * d.W, k.C, d.C, gradient, kernel, static_cast<float*>(dx.data_ptr()));
-  return dx;
-}
-
-static Tensor conv1x1_weight_gradient_(const Tensor& x, const Tensor& dy) {
-  Tensor x_kept, dy_kept;
-  const float *in = conv_values(x, "x", x_kept), *gradient = conv_values(dy, "dy", dy_kept);
-  Shape s = shape(x, "x"), d = shape(dy, "dy");
-  check_channels(s.C, d.C);
-  check(d.B == s.B && d.H == s.H && d.W == s.W, "dy must have the shape (", s.B, ", O, ", s.H, ", ", s.W, "), not ", shape_of(dy), ".");
-  Tensor dweight = new_last(x, {d.C, s.C, 1, 1});
-  conv1x1_weight_gradient(s.B * s.H * s.W, s.C, d.C, in, gradient, static_cast<float*>(dweight.data_ptr()));
-  return dweight;
-}
-
 // U: the transformed weight, as kernels.h says.
 static Tensor conv3x3_bf16_(const Tensor& x, const Tensor& U, const Tensor& bias, bool doubled) {
   Shape s = shape(x, "x");
@@ -486,28 +464,39 @@ static Tensor conv3x3_bf16_(const Tensor& x, const Tensor& U, const Tensor& bias
   return y;
 }
 
-static Tensor conv3x3_input_gradient_(const Tensor& dy, const Tensor& weight) {
+// The gradients of a convolution with kernels of side x side.
+static Tensor input_gradient(const Tensor& dy, const Tensor& weight, int64_t side) {
   Tensor dy_kept, weight_kept;
   const float *gradient = conv_values(dy, "dy", dy_kept), *kernel = conv_values(weight, "weight", weight_kept);
   Shape d = shape(dy, "dy"), k = shape(weight, "weight");
   check_channels(k.C, d.C);
-  check(k.B == d.C && k.H == 3 && k.W == 3, "weight must have the shape (", d.C, ", C, 3, 3), not ", shape_of(weight), ".");
+  check(k.B == d.C && k.H == side && k.W == side, "weight must have the shape (", d.C, ", C, ", side, ", ", side, "), not ", shape_of(weight), ".");
   Tensor dx = new_last(dy, {d.B, k.C, d.H, d.W});
-  if (!empty(d)) conv3x3_input_gradient(d, k.C, gradient, kernel, static_cast<float*>(dx.data_ptr()));
+  float* out = static_cast<float*>(dx.data_ptr());
+  if (empty(d)) return dx;
+  if (side == 3) conv3x3_input_gradient(d, k.C, gradient, kernel, out);
+  else conv1x1_input_gradient(d.B * d.H * d.W, k.C, d.C, gradient, kernel, out);
   return dx;
 }
 
-static Tensor conv3x3_weight_gradient_(const Tensor& x, const Tensor& dy, bool doubled) {
+static Tensor weight_gradient(const Tensor& x, const Tensor& dy, int64_t side, bool doubled) {
   Tensor x_kept, dy_kept;
   const float *in = conv_values(x, "x", x_kept), *gradient = conv_values(dy, "dy", dy_kept);
   Shape s = shape(x, "x"), d = shape(dy, "dy");
   check_channels(s.C, d.C);
   s.H <<= doubled, s.W <<= doubled;
   check(d.B == s.B && d.H == s.H && d.W == s.W, "dy must have the shape (", s.B, ", O, ", s.H, ", ", s.W, "), not ", shape_of(dy), ".");
-  Tensor dweight = new_last(x, {d.C, s.C, 3, 3});
-  conv3x3_weight_gradient(s, d.C, in, gradient, static_cast<float*>(dweight.data_ptr()), doubled);
+  Tensor dweight = new_last(x, {d.C, s.C, side, side});
+  float* out = static_cast<float*>(dweight.data_ptr());
+  if (side == 3) conv3x3_weight_gradient(s, d.C, in, gradient, out, doubled);
+  else conv1x1_weight_gradient(s.B * s.H * s.W, s.C, d.C, in, gradient, out);
   return dweight;
 }
+
+static Tensor conv3x3_input_gradient_(const Tensor& dy, const Tensor& weight) { return input_gradient(dy, weight, 3); }
+static Tensor conv3x3_weight_gradient_(const Tensor& x, const Tensor& dy, bool doubled) { return weight_gradient(x, dy, 3, doubled); }
+static Tensor conv1x1_input_gradient_(const Tensor& dy, const Tensor& weight) { return input_gradient(dy, weight, 1); }
+static Tensor conv1x1_weight_gradient_(const Tensor& x, const Tensor& dy) { return weight_gradient(x, dy, 1, false); }
 
 // ---- what happens to pictures in the world
 
