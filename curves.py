@@ -31,7 +31,7 @@ from machine import keep_freed_memory, pick_device, pick_dtype
 from metrics import load_lpips, psnr_rgb
 from pairs import find_truth, load_truth
 from report import write_json
-from sample import FREE, REAL
+from sample import REAL, WEIGHTS
 
 
 def parse_args(argv):
@@ -229,7 +229,7 @@ def main(argv=None):
     keep_freed_memory()
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    shipped = dict(straightness=SHIPPED[1:], denoise=(FREE, REAL)).get(args.what, SHIPPED)  # a student has no path
+    shipped = dict(straightness=SHIPPED[1:], denoise=(WEIGHTS, REAL)).get(args.what, SHIPPED)  # a student has no path
     networks = load_networks(args.ckpt or shipped, device, args)
     if args.what != "denoise":
         check_together(networks)

@@ -41,7 +41,6 @@ from pictures import MAX_PIXELS, as_picture, losses, open_writer, read_picture, 
 
 WEIGHTS = Path(__file__).parent / "weights" / "photos_x4.safetensors"
 REAL = WEIGHTS.with_name("photos_real_x4.safetensors")  # the same network, for pictures that are blurred, noisy and compressed
-FREE = WEIGHTS.with_name("photos_free_x4.safetensors")  # for clean ones, and of one origin with REAL: there is something between these two
 MODELS = ("auto", "clean", "real")
 SOLVERS = ("euler", "midpoint", "ralston", "heun", "rk45", "ancestral")  # the last is a ResShift's own
 STEPS = 8  # of a solver, unless told
@@ -69,7 +68,7 @@ def load(ckpt=None, device="auto", preset=None):
 @functools.lru_cache(maxsize=2)
 def _blend(denoise, device, *mtimes):
     from dial import blend
-    return blend(load(FREE, device), load(REAL, device), denoise)
+    return blend(load(WEIGHTS, device), load(REAL, device), denoise)
 
 
 def shipped(denoise, device="auto"):
@@ -80,7 +79,7 @@ def shipped(denoise, device="auto"):
         raise InputError(f"no weights at {REAL}, which take blur, noise and compression away: without them there is --model clean alone")
     if denoise == 1:
         return load(REAL, device)
-    return _blend(denoise, device, *(path.stat().st_mtime if path.is_file() else None for path in (FREE, REAL)))
+    return _blend(denoise, device, *(path.stat().st_mtime if path.is_file() else None for path in (WEIGHTS, REAL)))
 
 
 def pick_denoise(picture, model=None, denoise=None):
@@ -98,7 +97,7 @@ def pick_denoise(picture, model=None, denoise=None):
 
 def weights_note(denoise):
     """What a note says of the shipped student at a place of the second dial."""
-    names = [path.name for path, used in ((WEIGHTS, denoise == 0), (FREE, 0 < denoise < 1), (REAL, denoise > 0)) if used]
+    names = [path.name for path, used in ((WEIGHTS, denoise < 1), (REAL, denoise > 0)) if used]
     return dict(weights="+".join(names), **(dict(denoise=denoise) if denoise else {}))
 
 

@@ -110,12 +110,11 @@ def test_between_two_networks_and_nothing_between_others():
 
 @pytest.fixture
 def both(weights, tmp_path, monkeypatch):
-    """The shipped students, tiny: the clean one is another than that which the real one comes from."""
+    """The shipped students, tiny."""
     save_release(tmp_path / "photos_real_x4.safetensors", other(load_model(weights / "distill.safetensors")[0]), dict(stage="distill", step=1, task=asdict(REAL_TASK)))
-    monkeypatch.setattr(sample, "WEIGHTS", weights / "distill.safetensors")
-    shutil.copy(weights / "distill.safetensors", tmp_path / "photos_free_x4.safetensors")
+    shutil.copy(weights / "distill.safetensors", tmp_path / "photos_x4.safetensors")
+    monkeypatch.setattr(sample, "WEIGHTS", tmp_path / "photos_x4.safetensors")
     monkeypatch.setattr(sample, "REAL", tmp_path / "photos_real_x4.safetensors")
-    monkeypatch.setattr(sample, "FREE", tmp_path / "photos_free_x4.safetensors")
     sample._blend.cache_clear()
     yield tmp_path
     sample._blend.cache_clear()
@@ -130,7 +129,7 @@ def test_each_picture_has_its_network_and_says_why(both, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "a_x4.png 256x224, t 0.5, clean: no damage seen, " in said[0] and "b_x4.png 256x224, t 0.5, real: a JPEG of quality 70, " in said[1]
     notes = [json.loads(Image.open(f"restored/{name}_x4.png").text["oftsr"]) for name in "ab"]
-    assert [(n["weights"], n.get("denoise")) for n in notes] == [("distill.safetensors", None), ("photos_real_x4.safetensors", 1)]
+    assert [(n["weights"], n.get("denoise")) for n in notes] == [("photos_x4.safetensors", None), ("photos_real_x4.safetensors", 1)]
     results = {}
     for flags in (["--model", "clean"], ["--model", "real"], ["--model", "auto"], ["--denoise", "0"], ["--denoise", "0.5"], ["--denoise", "1"]):
         assert sample.main(["b.jpg", "-o", "out.png", "--overwrite", "--device", "cpu", *flags]) == 0
@@ -138,7 +137,7 @@ def test_each_picture_has_its_network_and_says_why(both, monkeypatch, capsys):
     same = lambda a, b: np.array_equal(results[a], results[b])
     assert same("--model real", "--model auto") and same("--model real", "--denoise 1") and same("--model clean", "--denoise 0")
     assert json.loads(Image.open("out.png").text["oftsr"])["weights"] == "photos_real_x4.safetensors"
-    assert sample.weights_note(0.5) == dict(weights="photos_free_x4.safetensors+photos_real_x4.safetensors", denoise=0.5)
+    assert sample.weights_note(0.5) == dict(weights="photos_x4.safetensors+photos_real_x4.safetensors", denoise=0.5)
     assert not same("--model clean", "--model real") and not same("--denoise 0.5", "--model real") and not same("--denoise 0.5", "--model clean")
     assert json.loads(Image.open("restored/b_x4.png").text["oftsr"])["denoise"] == 1 and np.array_equal(read_image("restored/b_x4.png"), results["--model auto"])
 
@@ -154,7 +153,7 @@ def test_each_picture_has_its_network_and_says_why(both, monkeypatch, capsys):
 def test_the_shipped_networks_have_something_between_them():
     net, stage, task = sample.shipped(0.5, "cpu")
     assert (stage, task.degradation) == ("distill", "bicubic") and sample.shipped(1, "cpu")[2].degradation == "real"
-    ends = [sample.load(path, "cpu")[0].out["2"].weight for path in (sample.FREE, sample.REAL)]
+    ends = [sample.load(path, "cpu")[0].out["2"].weight for path in (sample.WEIGHTS, sample.REAL)]
     assert torch.allclose(net.out["2"].weight, (ends[0] + ends[1]) / 2) and not torch.equal(*ends)
 
 

@@ -195,8 +195,8 @@ def test_the_weights_are_made_by_one_script(tmp_path):
     assert [m.dataset for m in made] == ["photos", "photos_real", "photos", "photos", "photos_real", "photos_real"]
     assert [m.max_iters for m in made] == [320, 160, 20, 20, 20, 20]
     assert made[1].init_from == f"{out}/clean_flow/weights.safetensors" and made[5].init_from == f"{out}/real_distill/weights.safetensors" and made[5].objective == "perceptual"
-    assert all((out / f"{name}.safetensors").exists() for name in ("photos_free_x4", "photos_free_x4_flow", "photos_real_x4", "photos_real_x4_flow"))
-    assert [SCRIPTS[line[1]].parse_args(line[2:]).ckpt for line in lines if line[0] == "python"] == [[f"{out}/photos_free_x4.safetensors"], [f"{out}/photos_real_x4.safetensors"]]
+    assert all((out / f"{name}.safetensors").exists() for name in ("photos_x4", "photos_x4_flow", "photos_real_x4", "photos_real_x4_flow"))
+    assert [SCRIPTS[line[1]].parse_args(line[2:]).ckpt for line in lines if line[0] == "python"] == [[f"{out}/photos_x4.safetensors"], [f"{out}/photos_real_x4.safetensors"]]
     (out / "real_flow" / "weights.safetensors").unlink()
     (out / "real_flow" / "ckpt.pt").touch()
     calls.unlink()

@@ -30,7 +30,7 @@ for kind in clean real; do
 done
 
 for kind in clean real; do
-    [ $kind = clean ] && name=photos_free_x4 || name=photos_real_x4
+    [ $kind = clean ] && name=photos_x4 || name=photos_real_x4
     cp "$out/${kind}_student/weights.safetensors" "$out/$name.safetensors"
     cp "$out/${kind}_flow/weights.safetensors" "$out/${name}_flow.safetensors"
     python evaluate.py --ckpt "$out/$name.safetensors" --data_dir "$data" --out_dir "$out/eval_$kind" --json "$out/$name.json"
