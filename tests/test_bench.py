@@ -84,6 +84,7 @@ def test_the_loader(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("script, flags", [("bench.py", ["data"]), ("examples/train_resshift.py", [])])
 def test_a_wrong_folder_is_one_line(script, flags, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # which would hold for the tests that follow
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [script, *flags, "--data_dir", "nowhere"])
     with pytest.raises(SystemExit, match=f"{Path(script).name}: no folder nowhere"):
