@@ -58,8 +58,7 @@ def tensorboard(run, state):
 
 def wandb(run, state):
     import wandb
-    starts = (run.out_dir / "starts.jsonl").read_text().splitlines()
-    began = [line for line in starts if json.loads(line)["step"] == 0] or starts  # what tells this run from all others, however often it is resumed
+    began = [line for line in run.starts if json.loads(line)["step"] == 0] or run.starts  # what tells this run from all others, however often it is resumed
     board = wandb.init(project=os.environ.get("WANDB_PROJECT", "oftsr"), name=run.out_dir.resolve().name, dir=str(run.out_dir), resume="allow",
                        id=hashlib.sha256(began[-1].encode()).hexdigest()[:16], config={**run.settings, "task": asdict(run.task)})
     board.define_metric("*", step_metric="step")  # its own counter never goes back, as a resumed run does

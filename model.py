@@ -63,14 +63,18 @@ def network_config(preset, condition=True, sigma_p=None, sigma_d=None):
     return config
 
 
+def trusted():
+    """The names in OFTSR_FAMILIES, of code that checkpoints may ask for."""
+    return [name for name in os.environ.get("OFTSR_FAMILIES", "").split(",") if name]
+
+
 def find_family(name):
     """The class (or function) behind the name of a family. Raises InputError if there is none of that name.
 
     A "package.module:function" of somebody's own is imported only if it was named on the command line or in
     OFTSR_FAMILIES (names with commas between): a checkpoint alone does not get code to run.
     """
-    trusted = [n for n in os.environ.get("OFTSR_FAMILIES", "").split(",") if n]
-    if name not in FAMILIES and name not in trusted:
+    if name not in FAMILIES and name not in trusted():
         raise InputError(f"the checkpoint holds a network of the family {name!r}, which is none of {', '.join(FAMILIES)}: if it is yours, "
                          f"say OFTSR_FAMILIES={name}" if ":" in name else f"there is no family {name!r}: there are {', '.join(FAMILIES)}")
     module, _, function = FAMILIES.get(name, name).partition(":")

@@ -24,7 +24,7 @@ import data
 import kernels
 from checkpoints import load_checkpoint, load_tensors, open_checkpoint
 from console import InputError, absent, in_range
-from model import FAMILIES, FLOATS, build, find_family, load_model, network_config
+from model import FAMILIES, FLOATS, build, find_family, load_model, network_config, trusted
 
 TEACHER = Path(__file__).parent / "weights" / "photos_x4_flow.safetensors"
 LAST = 1 - 1e-3  # at t = 1 there is no noise to read off the state: v of what predicts x_1 would be 0 / 0
@@ -214,6 +214,8 @@ def load_teacher(args, out_dir):
         before = open_checkpoint(out_dir)[0].get("args", {})
         for key in ("teacher", "autoencoder", "chain", "lora", "guidance", "prompt"):
             setattr(args, key, before.get(key, getattr(args, key)))
+        if names_function(args.teacher) and args.teacher not in trusted():  # a checkpoint alone does not get code to run
+            raise InputError(f"{out_dir}/ckpt.pt was distilled from {args.teacher}, which is code: if it is yours, say --teacher {args.teacher} again")
     args.teacher = args.teacher or newest(args.dataset, "flow", args.dry_run)
     if args.teacher and names_family(args.teacher):
         teacher, meta = load_family(args.teacher, args)
@@ -269,6 +271,11 @@ def names_family(spec):
     return bool(colon) and not Path(spec).exists() and (head in FAMILIES or len(head) > 1 and f"{head}.{tail}".replace(".", "").isidentifier())
 
 
+def names_function(spec):
+    """Whether --teacher names code to import, package.module:function."""
+    return bool(spec) and names_family(spec) and spec.partition(":")[0] not in FAMILIES
+
+
 def load_family(spec, args):
     """The teacher that a spec names, and the metadata of its file: (Teacher in evaluation mode, {"task", "step"}). Raises InputError.
 
@@ -279,7 +286,7 @@ def load_family(spec, args):
     meta = {"task": None, "step": None}
     if args.autoencoder and head in FAMILIES and head != "resshift":
         raise InputError(f"--autoencoder is for resshift:FILE and functions of yours: {spec} has its own")
-    if head in FAMILIES:
+    if not names_function(spec):
         family = find_family(head)
         if not hasattr(family, "published"):
             raise InputError(f"{spec}: weights of this project's own network are named without {head}:")

@@ -48,9 +48,10 @@ except ImportError:  # Windows
 
 # Settings that may change on resume: what they change is not what is learnt.
 FREE = {"init_from", "max_iters", "out_dir", "data_dir", "lr_dir", "eval_interval", "eval_pictures", "eval_steps", "log_interval",
-        "always_save_checkpoint", "keep_best", "lpips_backbone", "num_workers", "compile", "grad_checkpoint", "shard", "dry_run", "dataset", "teacher", "tensorboard", "wandb"}
+        "always_save_checkpoint", "keep_best", "lpips_backbone", "num_workers", "compile", "grad_checkpoint", "shard", "dry_run", "dataset", "teacher", "tensorboard", "wandb", "asked"}
 
 
+PARENT = os.getppid()  # asked early: a launcher may be gone before the loop begins
 NO_LOSS = 1e-4  # on pictures in [-1, 1], whose mean squared error this would be at 46 dB
 
 
@@ -125,7 +126,8 @@ class Run:
     settings: dict  # what a checkpoint keeps of all this
     low: dict = None  # {path: path of its low-resolution partner}, with --lr_dir
     memory: dict = None  # and of the lists of pictures: folders.remember's
-    lock: object = None  # the open file that says that the folder is taken
+    lock: object = None  # the open starts.jsonl, which says that the folder is taken
+    starts: list = None  # its lines
     found: tuple = None  # `stamp` of the ckpt.pt that it goes on from, or of none
     fell_back: bool = False  # ckpt.pt is broken: going on from the one before it
     boards: list = field(default_factory=list)  # where else the log is shown: boards.open_boards'
@@ -202,7 +204,7 @@ def begin(stage, task, args, out_dir):
     if world > 1:
         join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(args.seed)  # the initial weights; everything else is drawn by picture number
-    settings = {**vars(args), "world": world, "arithmetic": f"{device.type} {dtype}", "torch": str(torch.__version__)}
+    settings = {**vars(args), "asked": [args.batch_size, args.gradient_accumulation_steps], "world": world, "arithmetic": f"{device.type} {dtype}", "torch": str(torch.__version__)}
     return Run(stage, task, args, Path(out_dir), rank, world, local_world, device, dtype, settings)
 
 
@@ -295,7 +297,7 @@ def find_checkpoint(run):
     path = run.out_dir / "ckpt.pt"
     run.found = stamp(path)
     if run.args.init_from != "resume":
-        if path.exists() and not run.args.dry_run:
+        if (path.exists() or one_before(path).exists()) and not run.args.dry_run:
             raise InputError(f"{run.out_dir} holds a training already: --init_from resume goes on with it (auto does, or else starts one), another --out_dir leaves it alone")
         return None
     checkpoint, run.fell_back = open_checkpoint(run.out_dir)
@@ -332,20 +334,24 @@ def check_contents(run, checkpoint, path):
 
 
 def keep_global_batch(run, was):
-    """With another number of processes than the settings `was` had: their pictures an update, shared out anew. Raises InputError if they do not divide."""
+    """What was asked for once, by the same flags, is kept with another number of processes: the pictures an update, shared out anew. Raises InputError if they do not divide.
+
+    The settings `was` may have been shared out already: "asked" says by which flags.
+    """
     args, world = run.args, was.get("world")
-    same = (was.get("batch_size"), was.get("gradient_accumulation_steps")) == (args.batch_size, args.gradient_accumulation_steps)
-    if world in (run.world, None) or not same:
+    held = [was.get("batch_size"), was.get("gradient_accumulation_steps")]
+    if world is None or was.get("asked", held) != run.settings["asked"]:
         return
-    total = args.batch_size * args.gradient_accumulation_steps * world
+    total = held[0] * held[1] * world
+    if total == run.per_step:
+        return
     if total % run.world:
         raise InputError(f"the {total} pictures an update do not divide among {run.world} processes: take another number, or give --batch_size and --gradient_accumulation_steps anew")
     share = total // run.world
     args.batch_size = max(n for n in range(1, args.batch_size + 1) if share % n == 0)
     args.gradient_accumulation_steps = share // args.batch_size
     run.settings.update(batch_size=args.batch_size, gradient_accumulation_steps=args.gradient_accumulation_steps)
-    run.say(f"{run.world} processes, not {world}: --batch_size {args.batch_size} --gradient_accumulation_steps {args.gradient_accumulation_steps} "
-            f"keep the global batch of {total}")
+    run.say(f"{run.world} processes{f', not {world}' if world != run.world else ''}: --batch_size {args.batch_size} --gradient_accumulation_steps {args.gradient_accumulation_steps} keep the global batch of {total}")
 
 
 def differences(run, was):
@@ -436,6 +442,7 @@ class State:
     least: float = math.inf  # the lowest mean loss between two looks at it
     scores: dict = field(default_factory=dict)  # of the last validation
     saved: int = 0  # the step that ckpt.pt holds
+    proven: bool = False  # whether a loss since then has said that its weights are sound
     validated: int = 0  # the step of the last validation
     whole: bool = True  # False in the middle of an update
     bad_step: torch.Tensor = None  # the first step whose gradient was not finite, inf before; stays on the device
@@ -469,12 +476,16 @@ def save(run, state):
             args=run.settings, data=run.memory, params=params, ema=ema, optimizers=optimizers, **critic))
         if run.args.always_save_checkpoint:
             copy_file(run.out_dir / "ckpt.pt", run.out_dir / f"ckpt_{state.step:07d}.pt")
-    state.saved = state.step
+    state.saved, state.proven = state.step, False
 
 
 def last_good(run, state):
-    """Where the last checkpoint is, in words."""
-    return f"{run.out_dir}/ckpt.pt keeps step {state.saved}" if state.saved else "nothing was saved yet"
+    """Where the last checkpoint is, in words. One that no loss has been computed from since may be ruined itself."""
+    if not state.saved:
+        return "nothing was saved yet"
+    path = run.out_dir / "ckpt.pt"
+    before = f": {one_before(path).name} is the one before it" if one_before(path).exists() else ""
+    return f"{path} keeps step {state.saved}" + ("" if state.proven else f", which may be ruined itself{before}")
 
 
 @contextmanager
@@ -597,7 +608,7 @@ class Signals:
 
     def __init__(self):
         self.asked = 0
-        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.launcher = PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
         for s in data.STOPPING:
             if signal.getsignal(s) != signal.SIG_IGN:  # nohup's
                 signal.signal(s, self.ask)
@@ -631,7 +642,7 @@ def enter_folder(run, state):
     path = run.out_dir / "ckpt.pt"
     try:
         run.out_dir.mkdir(parents=True, exist_ok=True)
-        run.lock = open(run.out_dir / "starts.jsonl", "a")  # noqa: SIM115, open as long as the run lives
+        run.lock = open(run.out_dir / "starts.jsonl", "a+")  # noqa: SIM115, open as long as the run lives
         take(run.lock, run.out_dir)
         if stamp(path) != run.found:
             raise InputError(f"another process has trained into {run.out_dir} meanwhile: start again, with --init_from auto to go on with it")
@@ -641,6 +652,8 @@ def enter_folder(run, state):
             copy_file(one_before(path), path)
         run.lock.write(json.dumps(about(run, state)) + "\n")
         run.lock.flush()
+        run.lock.seek(0)  # read here and nowhere else: whoever closes the file a second time gives the lock away
+        run.starts = run.lock.read().splitlines()
     except OSError as e:
         raise InputError(f"cannot write into {run.out_dir}: {e.strerror}") from e
     entries = rewind_log(run, state)
@@ -709,7 +722,8 @@ def rewind_log(run, state):
     path = run.out_dir / "log.jsonl"
     text = path.read_text() if path.exists() else ""
     if text and state.step == 0:
-        aside = path.with_name("log_before.jsonl")
+        names = (f"log_before{i}.jsonl" for i in itertools.chain([""], itertools.count(2)))
+        aside = next(there for name in names if not (there := path.with_name(name)).exists())
         os.replace(path, aside)
         run.say(f"{run.out_dir} held the log of another training, but no checkpoint: it is now {aside.name}")
         text = ""
@@ -780,7 +794,7 @@ def check(run, state, meter, paths):
         state.least = meter.first.item()
     if total / count > 100 * max(state.least, NO_LOSS):
         raise Diverged(f"the loss rose from {state.least:.3g} to {total / count:.3g} by step {state.step}: lower --learning_rate; {last_good(run, state)}")
-    state.least = min(state.least, total / count)
+    state.least, state.proven = min(state.least, total / count), state.step > state.saved
 
 
 def validate(run, state, predict, pictures, lpips, signals):
@@ -912,4 +926,5 @@ class EMA:
 
     def load_state_dict(self, state):
         self.num_updates = state["num_updates"]
-        torch._foreach_copy_(self.shadow_params, [like(p, mine) for p, mine in zip(state["shadow_params"], self.shadow_params, strict=True)])
+        for mine, p in zip(self.shadow_params, state["shadow_params"], strict=True):  # one by one: what --shard spreads knows no _foreach_copy_
+            mine.copy_(like(p, mine))

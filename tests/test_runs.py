@@ -148,7 +148,8 @@ def test_tensorboard_shows_what_the_log_does(photos, tmp_path):  # noqa: F811
 
 
 STAND_IN = """
-import json, os
+import json, os, subprocess, sys
+TAKE = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 class Image:
     def __init__(self, picture): self.shape = picture.shape
 class Board:
@@ -156,6 +157,7 @@ class Board:
     def write(self, x): print(json.dumps(x), file=self.lines, flush=True)
     def define_metric(self, name, step_metric): self.write([name, step_metric])
     def log(self, x):
+        if x["step"] == 2: assert b"BlockingIOError" in subprocess.run([sys.executable, "-c", TAKE, os.path.join(os.path.dirname(self.lines.name), "starts.jsonl")], capture_output=True).stderr
         if x["step"] == int(os.environ.get("FAIL_AT", -1)): raise RuntimeError("no network")
         self.write({k: v.shape if isinstance(v, Image) else v for k, v in x.items()})
     def finish(self): self.write("finish")
@@ -164,7 +166,7 @@ init = lambda **how: Board(**how)
 
 
 def test_wandb(photos, tmp_path, monkeypatch, capsys):  # noqa: F811
-    """Through a stand-in of its interface: a resumed run is the same run there; a board that fails costs the training nothing."""
+    """Through a stand-in of its interface: a resumed run is the same run there; a board that fails costs the training nothing. The folder stays taken meanwhile."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "wandb.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(str(tmp_path / "site"))

@@ -183,6 +183,24 @@ def test_another_number_of_processes_goes_on_with_the_same_pictures(photos, tmp_
     assert [e["loss"] for e in log_of(tmp_path / "two") if "loss" in e] == pytest.approx([e["loss"] for e in log_of(tmp_path / "one") if "loss" in e], rel=1e-3)
     for a, b in zip(one["ema"]["shadow_params"], two["ema"]["shadow_params"], strict=True):
         assert (a - b).abs().max() < 1e-4
+    for steps in (10, 12):  # and again: the same flags ask for what they asked for at first, however it was shared out since
+        again = run(train_flow, photos, tmp_path / "two", *flags, "--max_iters", steps, "--init_from", "resume")
+        assert again["seen"] == 4 * steps and (again["args"]["batch_size"], again["args"]["gradient_accumulation_steps"]) == (4, 1)
+    other = run(train_flow, photos, tmp_path / "two", *flags, "--batch_size", 3, "--max_iters", 13, "--init_from", "resume")  # others ask for something else
+    assert other["seen"] == 4 * 12 + 3
+
+
+@pytest.mark.parametrize("lives", [(1, 2, 2, 4, 1), (2, 1, 1, 2, 4)], ids=str)
+def test_the_global_batch_outlives_every_change_of_processes(lives, capsys):
+    """One command, --batch_size 4, in lives of so many processes: an update has the pictures that it had in the first."""
+    was = None
+    for world in lives:
+        args = training.argparse.Namespace(batch_size=4, gradient_accumulation_steps=1)
+        life = training.Run("flow", None, args, None, 0, world, world, None, None, {**vars(args), "asked": [4, 1], "world": world})
+        if was:
+            training.keep_global_batch(life, was)
+        assert life.per_step == 4 * lives[0] and life.settings["batch_size"] * life.settings["gradient_accumulation_steps"] * world == life.per_step
+        was = life.settings
 
 
 def test_the_list_is_made_once_for_all_processes(monkeypatch):
@@ -204,11 +222,12 @@ def test_the_list_is_made_once_for_all_processes(monkeypatch):
 
 
 def test_shared_out_weights_are_the_same_training(photos, tmp_path, whole):  # noqa: F811
-    """--shard (FSDP) in two processes, resumed by one without it: the checkpoints are the same kind, and hold the run of one process."""
+    """--shard (FSDP) in two processes, resumed by two, and by one without it: the checkpoints are the same kind, and hold the run of one process."""
     flags = ["--dtype", "float32", "--gradient_accumulation_steps", 2, *FLOW]
     one = run(train_flow, photos, tmp_path / "one", "--max_iters", 6, *flags)
-    done = torchrun(2, "train_flow.py", *SMALL, "--data_dir", photos, "--out_dir", tmp_path / "two", "--max_iters", 4, *flags, "--batch_size", 1, "--shard")
-    assert done.returncode == 0, done.stderr
+    for steps in (2, 4):
+        done = torchrun(2, "train_flow.py", *SMALL, "--data_dir", photos, "--out_dir", tmp_path / "two", "--init_from", "auto", "--max_iters", steps, *flags, "--batch_size", 1, "--shard")
+        assert done.returncode == 0, done.stderr
     two = run(train_flow, photos, tmp_path / "two", "--max_iters", 6, *flags, "--init_from", "resume")
     assert two["params"].keys() == one["params"].keys() and two["seen"] == one["seen"]
     assert [e["loss"] for e in log_of(tmp_path / "two") if "loss" in e] == pytest.approx([e["loss"] for e in log_of(tmp_path / "one") if "loss" in e], rel=1e-2)
@@ -225,7 +244,7 @@ def test_a_global_batch_that_does_not_divide_is_refused(photos, tmp_path, monkey
     save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
     resumed = run(train_flow, photos, tmp_path, "--max_iters", 2, "--init_from", "resume")
     assert (resumed["args"]["batch_size"], resumed["args"]["gradient_accumulation_steps"]) == (2, 3)
-    fake = training.Run("flow", None, training.argparse.Namespace(batch_size=1, gradient_accumulation_steps=1), tmp_path, 0, 2, 2, None, None, {})
+    fake = training.Run("flow", None, training.argparse.Namespace(batch_size=1, gradient_accumulation_steps=1), tmp_path, 0, 2, 2, None, None, dict(asked=[1, 1]))
     with pytest.raises(InputError, match="the 3 pictures an update do not divide among 2 processes"):
         training.keep_global_batch(fake, dict(batch_size=1, gradient_accumulation_steps=1, world=3))
 
@@ -287,10 +306,32 @@ def test_ranks_do_not_outlive_torchrun(photos, tmp_path):  # noqa: F811
     assert f"stopped by a signal at step {load_checkpoint(tmp_path / 'ckpt.pt')['step']}" in rest
 
 
+def test_a_rank_whose_launcher_ended_before_the_loop_stops(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(training.signal, "signal", lambda *_: None)
+    assert training.Signals().agreed(SimpleNamespace(world=1)) == 0
+    monkeypatch.setattr(training, "PARENT", os.getppid() + 1)
+    assert training.Signals().agreed(SimpleNamespace(world=1)) == signal.SIGTERM
+
+
 def test_an_old_log_is_set_aside(photos, tmp_path, capsys):  # noqa: F811
-    (tmp_path / "log.jsonl").write_text('{"step": 7, "loss": 1}\n')
-    run(train_flow, photos, tmp_path, "--max_iters", 1)
-    assert "it is now log_before.jsonl" in capsys.readouterr().out and (tmp_path / "log_before.jsonl").read_text() == '{"step": 7, "loss": 1}\n'
+    """And one that was set aside before stays."""
+    for name in ("log_before", "log_before2"):
+        old = f'{{"step": 7, "loss": 1, "of": "{name}"}}\n'
+        (tmp_path / "log.jsonl").write_text(old)
+        run(train_flow, photos, tmp_path, "--max_iters", 1)
+        assert f"it is now {name}.jsonl" in capsys.readouterr().out
+        (tmp_path / "ckpt.pt").unlink()
+    assert '"of": "log_before"' in (tmp_path / "log_before.jsonl").read_text() and (tmp_path / "log_before2.jsonl").read_text() == old
+
+
+def test_the_checkpoint_before_is_not_overwritten_by_another_training(photos, tmp_path):  # noqa: F811
+    run(train_flow, photos, tmp_path, "--max_iters", 4, "--eval_interval", 2)
+    (tmp_path / "ckpt.pt").unlink()
+    with pytest.raises(InputError, match="holds a training already"):
+        run(train_flow, photos, tmp_path, "--max_iters", 2)
+    assert load_checkpoint(tmp_path / "ckpt_before.pt")["step"] == 2
+
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a disk that is always full")
 def test_a_log_on_a_full_disk_is_named_and_the_training_goes_on(tmp_path, capsys):
@@ -335,6 +376,15 @@ def test_weights_that_are_ruined_but_finite_are_not_saved(photos, tmp_path):  # 
     with pytest.raises(InputError, match="the loss rose from .*; nothing was saved yet"):
         run(train_flow, photos, tmp_path, "--max_iters", 8, "--learning_rate", 1e3, "--warmup_iters", 0, "--eval_interval", 3, "--log_interval", 50)
     assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_a_checkpoint_that_may_be_ruined_itself_is_not_called_good(photos, tmp_path):  # noqa: F811
+    """The ruinous update may be the last before a save: then nothing has judged what was saved, and the file before it is the one to trust."""
+    flags = ["--warmup_iters", 0, "--eval_interval", 1, "--log_interval", 50]
+    run(train_flow, photos, tmp_path, "--max_iters", 2, *flags)
+    with pytest.raises(InputError, match="the loss rose from .*ckpt.pt keeps step 3, which may be ruined itself: ckpt_before.pt is the one before it"):
+        run(train_flow, photos, tmp_path, "--max_iters", 8, *flags, "--init_from", "resume", "--learning_rate", 1e3)
+    assert load_checkpoint(tmp_path / "ckpt_before.pt")["step"] == 2
 
 
 def test_a_loss_of_next_to_nothing_may_rise_to_a_small_one(tmp_path):

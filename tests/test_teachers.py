@@ -18,6 +18,7 @@ import sample
 import teachers
 import tiles
 import train_flow
+from checkpoints import save_checkpoint
 from console import InputError
 from distill import distillation_losses
 from flow import integrate, mean_slope, one_step
@@ -439,6 +440,12 @@ def test_bring_your_own(tmp_path, monkeypatch):
     assert losses.isfinite().all() and all(p.grad is not None for p in student.parameters())
     save_release(tmp_path / "s.safetensors", student, dict(stage="distill", task=None, step=0))
     del model.FAMILIES["bring_your_own:teacher"]
+    (tmp_path / "out").mkdir()  # nor does the checkpoint of a training bring its teacher's code along
+    save_checkpoint(tmp_path / "out" / "ckpt.pt", dict(args=dict(teacher="bring_your_own:teacher")))
+    resumed = argparse.Namespace(init_from="resume", teacher=None, autoencoder=None, chain=4, lora=64, guidance=8.0, prompt=None)
+    with pytest.raises(InputError, match="distilled from bring_your_own:teacher, which is code: if it is yours, say --teacher bring_your_own:teacher again"):
+        teachers.load_teacher(resumed, tmp_path / "out")
+    assert "bring_your_own:teacher" not in model.FAMILIES
     with pytest.raises(InputError, match="OFTSR_FAMILIES=bring_your_own:teacher"):
         load_model(tmp_path / "s.safetensors")
     monkeypatch.setenv("OFTSR_FAMILIES", "bring_your_own:teacher")
