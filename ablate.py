@@ -9,13 +9,12 @@
 Flags that this script does not know go to train_flow.py or distill.py, to every row alike. A row's folder is below --out_dir; when
 the same command is given again, rows that are done are read, and one that was stopped goes on.
 """
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from console import InputError, in_range
+from console import InputError, Parser, in_range
 
 HERE = Path(__file__).parent
 
@@ -42,7 +41,7 @@ TABLES = {
 
 def parse_args(argv):
     """(the flags below, the flags for the training script)."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(description=__doc__)
     p.add_argument("table", choices=TABLES)
     p.add_argument("--dataset", default="photos", help="row of data.TASKS")
     p.add_argument("--data_dir", help="folder of pictures (default: data/DATASET)")

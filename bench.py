@@ -19,7 +19,6 @@ kernel cannot but move, each read or written once; of the convolutions, that in 
 multiplications that Winograd's algorithm leaves. Buffers rotate, so that no cache flatters; times are wall-clock
 milliseconds, min / median / max.
 """
-import argparse
 import copy
 import math
 import os
@@ -51,7 +50,7 @@ import model
 import sample
 import shards
 import training
-from console import InputError, in_range
+from console import InputError, Parser, in_range
 from degradations import degrade, draw, real, to_float, uniforms
 from distill import distillation_losses
 from export import reference_kernels
@@ -748,7 +747,7 @@ def bench_degradation(device, size, scale=4, count=64):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("what", choices=["kernels", "model", "infer", "train", "data", "memory", "lora", "degradation", "gpu"])
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is a card; gpu: cpu tries the report, small")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="kernels: what the tensors are stored in; memory: of the arithmetic")

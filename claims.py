@@ -7,7 +7,6 @@ DIR is a folder of photographs; its validation part is measured (data.py: folder
 trained stays under --out_dir: the same command given again goes on, and at its end only prints. A claim "appears" if it holds under
 every seed; the numbers are means over the seeds and their deviation.
 """
-import argparse
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ import torch
 import data
 import distill
 import train_flow
-from console import InputError, atomic_write, in_range
+from console import InputError, Parser, atomic_write, in_range
 from degradations import degrade, to_float
 from kernels import flow_training_pair, noise_augment, to_uint8
 from metrics import load_lpips, psnr_rgb
@@ -166,7 +165,7 @@ def report(by_seed):
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = Parser(description=__doc__)
     p.add_argument("--data_dir", required=True, help="folder of photographs")
     p.add_argument("--out_dir", type=Path, default=Path("out/claims"), help="where the networks go (default: out/claims)")
     p.add_argument("--iters", type=in_range(int, 1), default=1500, help="updates of each flow; a student has a third of them (default: 1500)")

@@ -5,6 +5,7 @@ No torch, so that a wrong flag is answered at once.
 import argparse
 import functools
 import itertools
+import json
 import os
 import platform
 import re
@@ -47,6 +48,16 @@ def speak_anywhere():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def read_lines(path):
+    """The lines of a .jsonl file, a dict each; one that is being written, was cut short or has a flipped bit is left out."""
+    def parse(line):
+        try:
+            return json.loads(line.decode())
+        except ValueError:
+            return None
+    return [entry for line in Path(path).read_bytes().splitlines() if isinstance(entry := parse(line), dict)]
 
 
 @functools.lru_cache(maxsize=None)

@@ -13,7 +13,6 @@ with the settings of ResShift (Yue et al. 2023), which are the paper's Tables 4 
 A strength in [0, 1] scales all of it: 1 is as published, 0 is bicubic reduction to 8 bits and nothing else. What is drawn,
 a few dozen numbers a picture, is drawn by `draw`; what is done with them, pixel by pixel, follows below it in that order.
 """
-import argparse
 import functools
 import math
 import sys
@@ -493,9 +492,9 @@ def stack_taps(parts):
 
 
 def main(argv=None):
-    from console import in_range
+    from console import Parser, in_range
     from pictures import read_image, write_picture
-    p = argparse.ArgumentParser(description="Nine accidents of one photograph, side by side, 4 times smaller.", allow_abbrev=False)
+    p = Parser(description="Nine accidents of one photograph, side by side, 4 times smaller.")
     p.add_argument("picture", help="a photograph")
     p.add_argument("-o", "--output", default="draws.png", help="where to write (default: draws.png)")
     p.add_argument("--strength", type=in_range(float, 0, 1), default=1.0, help="0: bicubic reduction alone; 1: as published (default)")

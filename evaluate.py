@@ -100,7 +100,7 @@ def load_network(path, device, args):
     if args.dataset:
         task = measured_task(args)
         if meta["task"] and args.sigma_p is None:
-            task = replace(task, sigma_p=meta["task"]["sigma_p"])  # the network's own: the rest is the data's
+            task = replace(task, sigma_p=data.saved_task(meta["task"], path).sigma_p)  # the network's own: the rest is the data's
     elif meta["task"]:
         task = measured_task(args, data.saved_task(meta["task"], path))
     else:

@@ -231,7 +231,10 @@ def read_list(name):
     path = next((p for p in (ASSETS / name, Path(name)) if p.is_file()), None)
     if path is None:
         raise InputError(f"no list of names {name}, neither here nor in assets/")
-    return {stem_of(line.strip()) for line in path.read_text().splitlines() if line.strip()}
+    try:
+        return {stem_of(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a list of names: it is no text in UTF-8") from None
 
 
 def stem_of(file):
@@ -294,7 +297,8 @@ def remember(split):
 def check_memory(memory, path):
     """Raises InputError if that, in the file at path, is neither None nor what `remember` gives, with "before" a list of such."""
     def kept(m):
-        return isinstance(m, dict) and all(isinstance(m.get(k), str) and re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", m[k]) for k in ("sha256", "train_names", "val_names", "train_contents"))
+        return (isinstance(m, dict) and all(isinstance(m.get(k), kind) for k, kind in dict(train=int, val=int, how=str, sha256=str).items())
+                and all(isinstance(m.get(k), str) and re.fullmatch(r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", m[k]) for k in ("train_names", "val_names", "train_contents")))
     if memory and not (kept(memory) and isinstance(memory.get("before", []), list) and all(map(kept, memory.get("before", [])))):
         raise InputError(f"{path} is broken: its list of the pictures that it was trained on is none")
 

@@ -524,7 +524,8 @@ def load_model(path, device="cpu", model=None):
         held = load_checkpoint(path)
         meta, state = weights_in(held, path)
     meta = {"stage": None, "task": None, "step": None, "model": None, **(meta or {})}
-    if meta["stage"] not in ("flow", "distill", None) or not isinstance(meta["task"], (dict, type(None))) or not isinstance(meta["step"], (int, type(None))) or abs(meta["step"] or 0) >= 2**53:
+    named_task = meta["task"] is None or isinstance(meta["task"], dict) and isinstance(meta["task"].get("name"), str)
+    if meta["stage"] not in ("flow", "distill", None) or not named_task or not isinstance(meta["step"], (int, type(None))) or abs(meta["step"] or 0) >= 2**53:
         raise InputError(f"{path} is not one of ours: its stage, task or step is none")
     if not meta["model"]:
         if model is None:

@@ -6,7 +6,6 @@
     python runs.py out/photos_flow --pictures over_time.png       # validation pictures: x_lr, the result of each validation, x_1
 """
 import importlib.util
-import json
 import statistics
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import figures
-from console import InputError, Parser, check_file, duration, in_range
+from console import InputError, Parser, check_file, duration, in_range, read_lines
 from pictures import read_image, write_picture
 
 OWN = {"out_dir", "init_from", "name", "eval_interval", "log_interval", "wandb", "tensorboard"}  # settings that make no other training
@@ -53,16 +52,6 @@ class Record:
 
 
 # --- what a folder holds ---
-
-
-def read_lines(path):
-    """The lines of a .jsonl file; one that is being written, or was cut short, is left out."""
-    def parse(line):
-        try:
-            return json.loads(line)
-        except ValueError:
-            return None
-    return [entry for line in path.read_text().splitlines() if isinstance(entry := parse(line), dict)]
 
 
 def read_run(folder):

@@ -211,8 +211,10 @@ def load_teacher(args, out_dir):
     one it gets the row's network without weights.
     """
     if args.init_from == "resume" and args.teacher is None:
-        before = open_checkpoint(out_dir)[0].get("args", {})
-        for key in ("teacher", "autoencoder", "chain", "lora", "guidance", "prompt"):
+        before, kinds = open_checkpoint(out_dir)[0].get("args"), dict(teacher=str, autoencoder=str, chain=int, lora=int, guidance=(int, float), prompt=str)
+        if not isinstance(before, dict) or not all(isinstance(before.get(key), (kind, type(None))) for key, kind in kinds.items()):
+            raise InputError(f"{out_dir}/ckpt.pt is not a checkpoint of a training: its settings are none")
+        for key in kinds:
             setattr(args, key, before.get(key, getattr(args, key)))
         if names_function(args.teacher) and args.teacher not in trusted():  # a checkpoint alone does not get code to run
             raise InputError(f"{out_dir}/ckpt.pt was distilled from {args.teacher}, which is code: if it is yours, say --teacher {args.teacher} again")
@@ -254,7 +256,7 @@ def newest(task_name, stage, optional=False):
         task, args = checkpoint.get("task"), checkpoint.get("args")
         if checkpoint.get("stage") != stage or not isinstance(task, dict) or not isinstance(args, dict):  # another's
             continue
-        if task["name"] == task_name and args.get("objective") != "perceptual":
+        if task.get("name") == task_name and args.get("objective") != "perceptual":
             say(f"{what}: {path}, the newest of {task_name} under out/ ({flag} names another)")
             return str(path)
     if stage == "flow" and task_name == "photos" and TEACHER.is_file():

@@ -34,7 +34,7 @@ import folders
 import kernels
 import partners
 from checkpoints import copy_file, one_before, open_checkpoint, save_checkpoint
-from console import InputError, atomic_write, in_range
+from console import InputError, atomic_write, in_range, read_lines, speak_anywhere
 from degradations import degrade, to_float
 from machine import cpu_name, join_processes, keep_freed_memory, pick_device, pick_dtype
 from metrics import psnr_rgb
@@ -52,6 +52,7 @@ FREE = {"init_from", "max_iters", "out_dir", "data_dir", "lr_dir", "eval_interva
 
 
 PARENT = os.getppid()  # asked early: a launcher may be gone before the loop begins
+LPIPS_SIDE = 32  # AlexNet's pooling leaves nothing of less
 NO_LOSS = 1e-4  # on pictures in [-1, 1], whose mean squared error this would be at 46 dB
 
 
@@ -151,6 +152,7 @@ class Run:
 
 def program(main, name):
     """Run a script's main: what is wrong ends it in one line, a terminal that goes away does not end it."""
+    speak_anywhere()
     sys.stdout, sys.stderr = Tolerant(sys.stdout), Tolerant(sys.stderr)
     try:
         main()
@@ -709,25 +711,17 @@ def revision():
 
 
 def rewind_log(run, state):
-    """Drop from log.jsonl what came after the state, which will come again, and a line that a kill cut short: the entries that stay.
+    """Drop from log.jsonl what came after the state, which will come again, and a line that is none (a kill cut it short): the entries that stay.
 
     Of a run that begins anew in the folder of an old log (its ckpt.pt is gone, or never was), the old log is set aside.
     """
-    def parse(line):
-        try:
-            entry = json.loads(line)
-            return entry if entry["step"] <= state.step else None
-        except (ValueError, TypeError, KeyError):
-            return None
     path = run.out_dir / "log.jsonl"
-    text = path.read_text() if path.exists() else ""
-    if text and state.step == 0:
+    if path.exists() and path.stat().st_size and state.step == 0:
         names = (f"log_before{i}.jsonl" for i in itertools.chain([""], itertools.count(2)))
         aside = next(there for name in names if not (there := path.with_name(name)).exists())
         os.replace(path, aside)
         run.say(f"{run.out_dir} held the log of another training, but no checkpoint: it is now {aside.name}")
-        text = ""
-    entries = [entry for line in text.splitlines() if (entry := parse(line))]
+    entries = [entry for entry in read_lines(path) if type(entry.get("step")) is int and entry["step"] <= state.step] if path.exists() else []
     atomic_write(path, lambda tmp: tmp.write_text("".join(json.dumps(entry) + "\n" for entry in entries)))
     return entries
 
@@ -810,16 +804,17 @@ def validate(run, state, predict, pictures, lpips, signals):
 def keep_best(run, scores):
     """--keep_best METRIC: after a validation that gave its best value so far, as log.jsonl knows, ckpt.pt is ckpt_best.pt too (Appendix E)."""
     if name := run.args.keep_best:
-        lines = [json.loads(line) for line in (run.out_dir / "log.jsonl").read_text().splitlines()]
-        values = [line[name] for line in lines if name in line]
+        values = [line[name] for line in read_lines(run.out_dir / "log.jsonl") if name in line]
         if scores[name] == (min if name.startswith("lpips") else max)(values):
             copy_file(run.out_dir / "ckpt.pt", run.out_dir / "ckpt_best.pt")
 
 
 def check_best(run, lpips):
-    """Raises InputError if --keep_best judges by a network that is not on this machine."""
+    """Raises InputError if --keep_best judges by a network that is not on this machine, or does not take the pictures."""
     if run.master and lpips is None and (run.args.keep_best or "").startswith("lpips"):
         raise InputError(f"--keep_best {run.args.keep_best} needs LPIPS, whose AlexNet is not here")
+    if (run.args.keep_best or "").startswith("lpips") and run.task.image_size < LPIPS_SIDE:
+        raise InputError(f"--keep_best {run.args.keep_best}: LPIPS takes no pictures below {LPIPS_SIDE} x {LPIPS_SIDE}, and these are of --image_size {run.task.image_size}")
 
 
 @torch.no_grad()
@@ -840,7 +835,7 @@ def look(predict, pictures, task, lpips, device, signals=None):
         shown = {name: kernels.to_uint8(x).permute(0, 3, 1, 2) for name, x in results.items()}
         for name, x in shown.items():
             scores.setdefault(f"psnr_{name}", []).append(psnr_rgb(x.cpu(), picture[None]).item())
-            if lpips and min(picture.shape[1:]) >= 32:  # AlexNet's pooling leaves nothing of less
+            if lpips and min(picture.shape[1:]) >= LPIPS_SIDE:
                 scores.setdefault(f"lpips_{name}", []).append(lpips(to_float(x), truth).item())
         if i < 4:
             rows.append(torch.cat([x[0].cpu() for x in shown.values()] + [picture], dim=2))

@@ -18,11 +18,15 @@ import pytest
 import torch
 
 import data
+import evaluate
+import folders
 import metrics
+import runs
+import teachers
 import train_flow
 import training
 from checkpoints import load_checkpoint, load_tensors, save_checkpoint
-from console import InputError
+from console import InputError, read_lines
 from degradations import degrade, to_float
 from kernels import to_uint8
 from machine import join_processes
@@ -340,6 +344,63 @@ def test_a_log_on_a_full_disk_is_named_and_the_training_goes_on(tmp_path, capsys
     training.log(fake, dict(step=1, loss=0.5))
     out = capsys.readouterr().out
     assert f"cannot write {tmp_path}/log.jsonl: No space left on device" in out and "step 1  loss 0.5" in out
+
+
+def test_a_damaged_log_costs_its_line_alone(photos, tmp_path):  # noqa: F811
+    """A flipped bit, a line that was cut short: the training goes on, --keep_best compares what is left, and runs.py shows it."""
+    run(train_flow, photos, tmp_path, "--max_iters", 4, "--eval_interval", 2)
+    log = tmp_path / "log.jsonl"
+    raw = bytearray(log.read_bytes())
+    raw[5] ^= 0x80
+    log.write_bytes(bytes(raw) + b'{"step": 4, "psnr_one": 1')
+    lines = len(read_lines(log))
+    assert lines == raw.count(b"\n") - 1 and runs.read_run(tmp_path).looks
+    best = max(line["psnr_one"] for line in read_lines(log) if "psnr_one" in line)
+    for score, kept in ((best - 1, False), (best, True)):
+        training.keep_best(SimpleNamespace(args=SimpleNamespace(keep_best="psnr_one"), out_dir=tmp_path), {"psnr_one": score})
+        assert (tmp_path / "ckpt_best.pt").exists() == kept
+    assert run(train_flow, photos, tmp_path, "--max_iters", 5, "--init_from", "resume")["step"] == 5 and len(log_of(tmp_path)) > lines
+
+
+def test_lpips_is_not_the_judge_of_pictures_that_it_does_not_take(photos, tmp_path):  # noqa: F811
+    with pytest.raises(InputError, match="LPIPS takes no pictures below 32 x 32, and these are of --image_size 16"):
+        training.check_best(SimpleNamespace(master=True, args=SimpleNamespace(keep_best="lpips_one"), task=TASK), object())
+
+
+@pytest.mark.parametrize("encoding", ("ascii", "utf-8"))
+def test_a_name_that_the_console_cannot_show(tmp_path, encoding):
+    """Another alphabet's, or bytes that are no text: shown as escapes, in the one line that says what is wrong."""
+    name = os.fsencode(str(tmp_path)) + (b"/d\xc3\xa9" if encoding == "ascii" else b"/d\xff")
+    done = subprocess.run([sys.executable, str(ROOT / "train_flow.py"), "--data_dir", name, "--out_dir", str(tmp_path / "out")], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 1 and "Traceback" not in done.stderr and ("d\\xe9" if encoding == "ascii" else "d\\udcff") in done.stderr
+
+
+@pytest.mark.parametrize("part, edit", [
+    ("task", lambda c: dict(scale=4)), ("task", lambda c: dict(c["task"], sigma_p="x")), ("data", lambda c: dict(c["data"], train_names="AAA")),
+    ("data", lambda c: dict(c["data"], how=5)), ("data", lambda c: dict(c["data"], train="x"))], ids=("no name", "sigma_p", "base64", "how", "train"))
+def test_what_a_checkpoint_says_of_itself_is_checked(photos, tmp_path, part, edit):  # noqa: F811
+    run(train_flow, photos, tmp_path, "--max_iters", 1)
+    checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
+    save_checkpoint(tmp_path / "odd.pt", {**checkpoint, part: edit(checkpoint)})
+    args = evaluate.parse_args(["--ckpt", str(tmp_path / "odd.pt"), "--dataset", "photos"])
+    with pytest.raises(InputError, match="odd.pt"):
+        evaluate.load_network(tmp_path / "odd.pt", "cpu", args)
+    save_checkpoint(tmp_path / "odd.pt", {**checkpoint, "task": dict(name="photos")})  # what is not said is as the task has it
+    assert evaluate.load_network(tmp_path / "odd.pt", "cpu", args).task.sigma_p == TASK.sigma_p
+
+
+@pytest.mark.parametrize("settings", (None, [1], dict(teacher=5), dict(teacher=["a"]), dict(teacher="x.pt", chain="4")), ids=str)
+def test_settings_that_are_none_name_their_checkpoint(tmp_path, settings):
+    save_checkpoint(tmp_path / "ckpt.pt", dict(args=settings))
+    with pytest.raises(InputError, match="ckpt.pt is not a checkpoint of a training: its settings are none"):
+        teachers.load_teacher(SimpleNamespace(init_from="resume", teacher=None), tmp_path)
+
+
+def test_a_list_of_names_that_is_no_text(tmp_path):
+    (tmp_path / "list.txt").write_bytes("d\xe9.png\n".encode("latin-1"))
+    with pytest.raises(InputError, match="list.txt is not a list of names: it is no text in UTF-8"):
+        folders.read_list(str(tmp_path / "list.txt"))
 
 
 # --- numbers that are none ---
