@@ -93,10 +93,13 @@ def run(command):
         raise InputError(f"stopped: the command above ended with {code}. Given again, this one goes on from there")
 
 
-def line(name, scores):
-    """A row of the table, of what evaluate.py measured last."""
-    row = scores["rows"][-1]
-    cells = [f"{row['nfe']:.4g}", f"{row['psnr_rgb']:.2f}", *(f"{row[key]:.{digits}f}" for key, digits in (("lpips", 3), ("fid", 2)) if row.get(key) is not None)]
+def line(name, path):
+    """A row of the table, of what evaluate.py measured last into the file at path. Raises InputError if that is broken."""
+    try:
+        row = json.loads(path.read_text())["rows"][-1]
+        cells = [f"{row['nfe']:.4g}", f"{row['psnr_rgb']:.2f}", *(f"{row[key]:.{digits}f}" for key, digits in (("lpips", 3), ("fid", 2)) if row.get(key) is not None)]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise InputError(f"{path} is broken: take it away, and the same command measures the row again") from None
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
@@ -112,7 +115,7 @@ def main(argv=None):
             continue
         if not (out / "scores.json").exists():
             run(measure_command(args, name))
-        lines.append(line(name, json.loads((out / "scores.json").read_text())))
+        lines.append(line(name, out / "scores.json"))
     if lines:
         print("\n| row | NFE | PSNR | LPIPS | FID |\n|---|---|---|---|---|" if lines[0].count("|") == 6 else "\n| row | NFE | PSNR | LPIPS |\n|---|---|---|---|")
         print("\n".join(lines))

@@ -486,8 +486,8 @@ def read_note(path):
         with _open(path, float("inf")) as (im, *_):
             text = im.info.get("oftsr") or str(im.getexif().get(PROCESSING_SOFTWARE, ""))
             note = json.loads(text.removeprefix("oftsr "))
-            return note if isinstance(note, dict) else None
-    except ValueError:  # InputError, and json's
+            return note if isinstance(note, dict) and isinstance(note.get("input", ""), str) else None
+    except (ValueError, RecursionError):  # InputError, and json's
         return None
 
 

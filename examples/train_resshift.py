@@ -59,7 +59,7 @@ def main(argv=None):
     start, end = 0, min(args.stop_at or args.max_iters, args.max_iters)
     if kept.is_file():
         before = load_checkpoint(kept)
-        if before["model"] != net.config:
+        if before.get("model") != net.config or not {"step", "net", "average", "optimizers"} <= before.keys():
             sys.exit(f"{kept} is the training of another network or schedule: give another --output")
         start = before["step"]
         net.load_state_dict(before["net"])

@@ -194,6 +194,16 @@ def test_no_metadata_leaves_no_note(folder, cli):
     assert read_note("noted/b_x4.jpg")["input"] == "b.jpg" and read_note("noted/a_x4.png")["t"] == 0.5
 
 
+@pytest.mark.parametrize("text", ['{"input": ["a.png"]}', "[" * 100_000, '{"input": {}}', "\xff"])
+def test_a_note_that_is_not_ours_is_none(text, folder, cli):
+    """What any program may write into a picture under our key."""
+    from PIL.PngImagePlugin import PngInfo
+    info = PngInfo()
+    info.add_text("oftsr", text)
+    Image.open("in/a.png").save("in/z.png", pnginfo=info)
+    assert read_note("in/z.png") is None and cli("in", "-o", "out") == 0
+
+
 def test_the_command_line_needs_no_pytorch():
     """--help, --version and usage errors are answered before anything heavy is loaded."""
     code = "import sys, sample\ntry: sample.main(sys.argv[1:])\nexcept SystemExit as e: print('code', e.code)\nprint('torch' in sys.modules, 'tqdm' in sys.modules)"

@@ -120,6 +120,15 @@ def test_the_rows_of_the_ablations_are_the_papers():
         ablate.parse_args(["table7", "--rows", "boot"])
 
 
+def test_a_broken_table_of_a_row_is_one_line(tmp_path):
+    (tmp_path / "boot").mkdir()
+    (tmp_path / "boot" / "weights.safetensors").touch()  # the row is trained
+    for raw in (b'{"rows": [{"nfe": 1, "psnr_r\xe7b": 20', b"[]", b'{"rows": [{"nfe": "x", "psnr_rgb": 20}]}'):
+        (tmp_path / "boot" / "scores.json").write_bytes(raw)
+        with pytest.raises(InputError, match="scores.json is broken: take it away"):
+            ablate.main(["table8", "--rows", "boot", "--out_dir", str(tmp_path)])
+
+
 def test_the_published_presets_forget_a_tenth_while_they_train():
     """Dropout .1 in training alone, drawn anew each update, and after a resume as before it."""
     assert all(PRESETS[name]["dropout"] == 0.1 for name in ("ffhq", "ffhq512", "imagenet")) and PRESETS["ffhq512"]["attention"] == (32,)
