@@ -55,7 +55,7 @@ def read_lines(path):
     def parse(line):
         try:
             return json.loads(line.decode())
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return [entry for line in Path(path).read_bytes().splitlines() if isinstance(entry := parse(line), dict)]
 

@@ -111,8 +111,8 @@ def main(argv=None):
 
     # --- validation and log ---
     lpips = load_lpips(args.lpips_backbone, run.device) if run.master else None
-    training.check_best(run, lpips)
     val = training.validation_pictures(run, val_paths) if run.master else None
+    training.check_best(run, lpips, val)
 
     def predict(x_lr, seeds):  # with the averaged weights, in one step and in a few
         with run.autocast():

@@ -804,17 +804,20 @@ def validate(run, state, predict, pictures, lpips, signals):
 def keep_best(run, scores):
     """--keep_best METRIC: after a validation that gave its best value so far, as log.jsonl knows, ckpt.pt is ckpt_best.pt too (Appendix E)."""
     if name := run.args.keep_best:
-        values = [line[name] for line in read_lines(run.out_dir / "log.jsonl") if name in line]
-        if scores[name] == (min if name.startswith("lpips") else max)(values):
+        values = [line[name] for line in read_lines(run.out_dir / "log.jsonl") if isinstance(line.get(name), float)]
+        if scores[name] == (min if name.startswith("lpips") else max)([scores[name], *values]):
             copy_file(run.out_dir / "ckpt.pt", run.out_dir / "ckpt_best.pt")
 
 
-def check_best(run, lpips):
-    """Raises InputError if --keep_best judges by a network that is not on this machine, or does not take the pictures."""
-    if run.master and lpips is None and (run.args.keep_best or "").startswith("lpips"):
+def check_best(run, lpips, pictures):
+    """Raises InputError if --keep_best judges by a network that is not on this machine, or does not take pictures of that size: `validation_pictures`."""
+    if not run.master or not (run.args.keep_best or "").startswith("lpips"):
+        return
+    if lpips is None:
         raise InputError(f"--keep_best {run.args.keep_best} needs LPIPS, whose AlexNet is not here")
-    if (run.args.keep_best or "").startswith("lpips") and run.task.image_size < LPIPS_SIDE:
-        raise InputError(f"--keep_best {run.args.keep_best}: LPIPS takes no pictures below {LPIPS_SIDE} x {LPIPS_SIDE}, and these are of --image_size {run.task.image_size}")
+    side = (pictures[0] if isinstance(pictures, list) else pictures).shape[-1]
+    if side < LPIPS_SIDE:
+        raise InputError(f"--keep_best {run.args.keep_best}: LPIPS takes no pictures below {LPIPS_SIDE} x {LPIPS_SIDE}, and those to validate are {side} x {side}")
 
 
 @torch.no_grad()

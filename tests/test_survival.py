@@ -352,7 +352,7 @@ def test_a_damaged_log_costs_its_line_alone(photos, tmp_path):  # noqa: F811
     log = tmp_path / "log.jsonl"
     raw = bytearray(log.read_bytes())
     raw[5] ^= 0x80
-    log.write_bytes(bytes(raw) + b'{"step": 4, "psnr_one": 1')
+    log.write_bytes(bytes(raw) + b"[" * 100_000 + b'\n{"step": 4, "psnr_one": 1')
     lines = len(read_lines(log))
     assert lines == raw.count(b"\n") - 1 and runs.read_run(tmp_path).looks
     best = max(line["psnr_one"] for line in read_lines(log) if "psnr_one" in line)
@@ -362,9 +362,14 @@ def test_a_damaged_log_costs_its_line_alone(photos, tmp_path):  # noqa: F811
     assert run(train_flow, photos, tmp_path, "--max_iters", 5, "--init_from", "resume")["step"] == 5 and len(log_of(tmp_path)) > lines
 
 
-def test_lpips_is_not_the_judge_of_pictures_that_it_does_not_take(photos, tmp_path):  # noqa: F811
-    with pytest.raises(InputError, match="LPIPS takes no pictures below 32 x 32, and these are of --image_size 16"):
-        training.check_best(SimpleNamespace(master=True, args=SimpleNamespace(keep_best="lpips_one"), task=TASK), object())
+def test_lpips_is_not_the_judge_of_pictures_that_it_does_not_take():
+    judge = SimpleNamespace(master=True, args=SimpleNamespace(keep_best="lpips_one"))
+    for pictures in (torch.zeros(2, 3, 16, 16), [torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 4, 4)]):
+        with pytest.raises(InputError, match="LPIPS takes no pictures below 32 x 32, and those to validate are 16 x 16"):
+            training.check_best(judge, object(), pictures)
+    training.check_best(judge, object(), torch.zeros(2, 3, 64, 64))
+    with pytest.raises(InputError, match="whose AlexNet is not here"):
+        training.check_best(judge, None, torch.zeros(2, 3, 64, 64))
 
 
 @pytest.mark.parametrize("encoding", ("ascii", "utf-8"))
