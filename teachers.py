@@ -211,7 +211,7 @@ def load_teacher(args, out_dir):
     one it gets the row's network without weights.
     """
     if args.init_from == "resume" and args.teacher is None:
-        before, kinds = open_checkpoint(out_dir)[0].get("args"), dict(teacher=str, autoencoder=str, chain=int, lora=int, guidance=(int, float), prompt=str)
+        before, kinds = open_checkpoint(out_dir)[0].get("args", {}), dict(teacher=str, autoencoder=str, chain=int, lora=int, guidance=(int, float), prompt=str)
         if not isinstance(before, dict) or not all(isinstance(before.get(key), (kind, type(None))) for key, kind in kinds.items()):
             raise InputError(f"{out_dir}/ckpt.pt is not a checkpoint of a training: its settings are none")
         for key in kinds:
