@@ -298,6 +298,7 @@ def check_memory(memory, path):
     """Raises InputError if that, in the file at path, is neither None nor what `remember` gives, with "before" a list of such."""
     def kept(m):
         return (isinstance(m, dict) and all(isinstance(m.get(k), kind) for k, kind in dict(train=int, val=int, how=str, sha256=str).items())
+                and re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", m["sha256"])
                 and all(isinstance(m.get(k), str) and re.fullmatch(r"([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?", m[k]) for k in ("train_names", "val_names", "train_contents")))
     if memory and not (kept(memory) and isinstance(memory.get("before", []), list) and all(map(kept, memory.get("before", [])))):
         raise InputError(f"{path} is broken: its list of the pictures that it was trained on is none")
